@@ -1,0 +1,997 @@
+"""Everything that the three TaLaS scripts share: tasks, visual settings, simulator masks, photographs and augmentations.
+
+    env = make_env("walker_walk", "video_hard", seed=1, distractors="distractors/")    # a gymnasium.Env
+    obs, info = env.reset(options={"episode": 3})       # {"pixels": (9, 84, 84) uint8, "proprio": (P,) float32}
+    mask = env.unwrapped.segment("the walker")          # (84, 84) bool, the simulator's own, of the frame just rendered
+
+    python envs.py                  lists the tasks
+    python envs.py --env hammer     writes a picture of that task under every setting, with its mask
+
+Read from top to bottom: the table of tasks; the three loaders (dm_control's suite, the Unitree A1, the Adroit hand), each a simulated
+task without pixels; backgrounds and colours; `TalasEnv`, which adds cameras, settings and masks to any loader; and the photographs and
+augmentations that Phase II and the agent train with.
+"""
+
+import contextlib
+import difflib
+import fnmatch
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+import warnings
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; has to be set before MuJoCo is imported
+try:
+    import mujoco
+except Exception as error:  # PyOpenGL fails in many ways when there is no EGL, so nothing narrower would do
+    sys.exit(
+        f"error: MuJoCo cannot start its GL backend ({os.environ.get('MUJOCO_GL')}): {error}. On Debian or Ubuntu: apt-get install libegl1 libgl1"
+    )
+
+import cv2
+import gymnasium as gym
+import mujoco_menagerie
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from dm_control import suite
+from dm_control.suite import common
+from dm_control.suite.utils.randomizers import randomize_limited_and_rotational_joints
+from dm_control.utils import rewards
+
+Setting = Literal["train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural"]
+SETTINGS: tuple[Setting, ...] = ("train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural")
+
+
+class UserError(ValueError):
+    """Something that the person at the keyboard can mend. The scripts print it as one line and exit with 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+@dataclass(frozen=True)
+class Task:
+    """One row of the table: what is simulated, how it is seen, and what can be named in it."""
+
+    loader: Literal["suite", "unitree", "adroit"]
+    repeat: int  # control steps per agent step
+    steps: int  # agent steps per episode
+    camera: int | str
+    prompt: str  # the default prompt of Phase I
+    mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow
+    vocabulary: dict[str, str] = field(
+        default_factory=dict
+    )  # phrase -> names of bodies, geoms, sites, tendons (* and ?; "hand+": all that hangs on it)
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)  # ranges of the joints that have none, for mask training
+    hold: int = 0  # control steps for which the goal has to hold in an episode that counts as a success (Adroit)
+    good: dict[str, tuple[float, float]] = field(default_factory=dict)  # joint ranges that a good policy keeps to, for mask tests
+
+
+_WALKER = {"walker": "torso *thigh *leg *foot", "torso": "torso", "legs": "*thigh *leg *foot", "feet": "*foot", "floor": "floor"}
+_CUP = {"cup": "cup cup_part_*", "ball": "ball", "string": "string", "ground": "ground"}
+_FINGER = {"finger": "proximal distal", "spinner": "spinner", "fingertip": "fingertip", "tip": "tip", "target": "target", "ground": "ground"}
+_CHEETAH = {"cheetah": "torso *thigh *shin *foot", "torso": "torso", "legs": "*thigh *shin *foot", "head": "head", "ground": "ground"}
+_HAND = {"hand": "forearm+", "fingers": "palm+", "forearm": "forearm", "table": "table", "floor": "ground"}
+_A1 = {"robot": "trunk+", "trunk": "trunk", "body": "trunk", "legs": "??_hip+", "front legs": "F?_hip+", "rear legs": "R?_hip+", "hips": "*_hip"}
+_A1 |= {"thighs": "*_thigh", "calves": "*_calf", "feet": "*_calf", "ground": "floor", "floor": "floor"}  # the feet one sees are the calf's mesh
+_UPRIGHT = {"rooty": (-0.2, 0.2)} | {
+    f"{side}_{joint}": span for side in ("left", "right") for joint, span in (("hip", (-0.3, 0.7)), ("knee", (-0.8, 0)), ("ankle", (-0.3, 0.3)))
+}
+_RUNNING = {"rooty": (-0.3, 0.3)} | {f"{leg}{joint}": (-0.4, 0.4) for leg in "bf" for joint in ("thigh", "shin", "foot")}
+
+# fmt: off
+TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt
+    "cartpole_swingup":  Task("suite", 8, 125, 0, "the cart and the pole", 5000, {"cart": "cart", "pole": "pole_*", "rail": "rail*", "floor": "floor"},
+                              good={"hinge_1": (-0.3, 0.3), "slider": (-0.8, 0.8)}),
+    "walker_walk":       Task("suite", 4, 250, 0, "the walker", 5000, _WALKER, good=_UPRIGHT),
+    "walker_stand":      Task("suite", 4, 250, 0, "the walker", 5000, _WALKER, good=_UPRIGHT),
+    "ball_in_cup_catch": Task("suite", 4, 250, 0, "the cup, the ball and the string", 2500, _CUP,
+                              spread={"cup_x": (-0.25, 0.25), "cup_z": (-0.2, 0.3), "ball_x": (-0.35, 0.35), "ball_z": (-0.15, 0.7)},
+                              good={"cup_x": (-0.1, 0.1), "cup_z": (-0.05, 0.05), "ball_x": (-0.01, 0.01), "ball_z": (0.33, 0.42)}),
+    "finger_spin":       Task("suite", 2, 500, 0, "the finger and the spinner", 5000, _FINGER,
+                              good={"proximal": (0.2, 1.2), "distal": (-1.2, 0.2), "hinge": (-3.2, 3.2)}),
+    "cheetah_run":       Task("suite", 4, 250, 0, "the cheetah", 5000, _CHEETAH, good=_RUNNING),
+    "unitree_walk":      Task("unitree", 2, 500, "mounted", "the robot", 1000, _A1),
+    "unitree_stand":     Task("unitree", 2, 500, "mounted", "the robot", 1000, _A1),
+    "pen":               Task("adroit", 2, 100, "vil_camera", "the hand, the pen and the target", 2000,
+                              _HAND | {"pen": "Object+", "target": "target+"}, hold=20),
+    "door":              Task("adroit", 2, 100, "vil_camera", "the hand, the door and the frame", 2000,
+                              _HAND | {"door": "door+", "handle": "latch+", "latch": "latch+", "frame": "frame"}, hold=25),
+    "hammer":            Task("adroit", 2, 100, "vil_camera", "the hand, the hammer and the nail", 2000,
+                              _HAND | {"hammer": "Object+", "nail": "nail+", "board": "nail_board"}, hold=25),
+    "relocate":          Task("adroit", 2, 100, "vil_camera", "the hand, the ball and the target", 2000,
+                              _HAND | {"ball": "Object+", "target": "target"}, hold=25),
+}
+# fmt: on
+ALIASES = {"cup_catch": "ball_in_cup_catch"}
+SUITE = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+
+
+def resolve_env_id(env_id: str) -> str:
+    """The canonical name of a task. Raises UserError with near matches for one that does not exist."""
+    env_id = ALIASES.get(env_id, env_id)
+    if env_id not in TASKS and env_id not in SUITE:
+        names = [*TASKS, *ALIASES, *SUITE]
+        near = difflib.get_close_matches(env_id, names, n=3, cutoff=0.5) or list(TASKS)[:3]
+        raise UserError(f"unknown --env {env_id!r}: did you mean {', '.join(near)}? `python envs.py` lists all")
+    return env_id
+
+
+def task_row(env_id: str) -> Task:
+    """The table's row; a suite task that is not in it gets repeat 4 and the vocabulary of its own model."""
+    env_id = resolve_env_id(env_id)
+    return TASKS.get(env_id) or Task("suite", 4, 250, 0, "the robot")
+
+
+# ---------------------------------------------------------------------------------------------------- the three loaders
+# A loader is a simulated task without pixels: `model`, `data`, `action_size`, `sky` and `ground` (texture names), and the
+# methods of SuiteTask below. Randomness comes from the generator that is handed in and from nowhere else.
+class Textured:
+    """What the settings do to a scene that has a sky and a ground texture."""
+
+    model: mujoco.MjModel
+    textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
+    ground: str  # the ground's texture; the sky's is "skybox" everywhere
+
+    def key(self, level: Literal["easy", "hard"]) -> None:
+        """Paint the sky, or sky and ground, black: colours, marks and the haze at the horizon. Reflections in the ground stay, as in RL-ViGen."""
+        for name in ("skybox",) if level == "easy" else ("skybox", self.ground):
+            texture(self.model, name)[:] = 0
+        self.model.vis.rgba.haze[:3] = 0
+
+    def recolour(self, palette: dict[str, np.ndarray]) -> None:
+        """Generate the ground's checker and the sky's gradient anew in a palette's colours. MuJoCo's own compiler draws them."""
+        self.textures.texture(self.ground).rgb1, self.textures.texture(self.ground).rgb2 = palette["grid_rgb1"], palette["grid_rgb2"]
+        self.textures.texture("skybox").rgb1 = palette["skybox_rgb"]
+        drawn = self.textures.compile()
+        for name in ("skybox", self.ground):
+            texture(self.model, name)[:] = texture(drawn, name)
+
+
+class SuiteTask(Textured):
+    """A task of dm_control's suite."""
+
+    ground = "grid"
+
+    def __init__(self, env_id: str, row: Task):
+        self.row = row
+        self.textures = mujoco.MjSpec.from_string(
+            "<mujoco><include file='./common/skybox.xml'/><include file='./common/materials.xml'/></mujoco>", include=common.ASSETS
+        )
+        self.env = suite.load(*SUITE[env_id], task_kwargs={"random": 0})
+        self.physics = self.env.physics
+        self.model, self.data = self.physics.model.ptr, self.physics.data.ptr
+        spec = self.env.action_spec()
+        self.low, self.high, self.action_size = spec.minimum, spec.maximum, spec.shape[0]
+
+    def reset(self, rng: np.random.Generator) -> None:
+        self.env.task.random.seed(rng.integers(2**32))
+        self.env.reset()
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
+        """One control step of an action in [-1, 1]. Returns (reward, terminated, info)."""
+        timestep = self.env.step(self.low + (action + 1) / 2 * (self.high - self.low))
+        return float(timestep.reward or 0), timestep.discount == 0, {}
+
+    def hold(self) -> np.ndarray:
+        """The action to settle a state with."""
+        return np.zeros(self.action_size)
+
+    def proprio(self) -> np.ndarray:
+        return np.zeros(0, np.float32)
+
+    def spread(self, rng: np.random.Generator) -> None:
+        """A state from anywhere in the joints' ranges, any root pose: what a random policy never shows a masker."""
+        self.reset(rng)
+        with self.physics.reset_context():
+            randomize_limited_and_rotational_joints(self.physics, self.env.task.random)
+            self._pose(rng, self.row.spread)
+            self._lift(rng.uniform(0, 0.3))
+
+    def good(self, rng: np.random.Generator) -> None:
+        """A state that a good policy visits: upright walker, upright pole, ball in the cup."""
+        self.reset(rng)
+        if self.row.good:
+            with self.physics.reset_context():
+                self.data.qpos[:] = self.model.qpos0
+                self._pose(rng, self.row.good)
+                self._lift(0)
+
+    def _pose(self, rng: np.random.Generator, ranges: dict[str, tuple[float, float]]) -> None:
+        for joint, span in ranges.items():
+            self.physics.named.data.qpos[joint] = rng.uniform(*span)
+
+    def _lift(self, gap: float) -> None:
+        """Put a walking robot's lowest point `gap` metres above the ground."""
+        roots = [j for j in range(self.model.njnt) if self.model.joint(j).name == "rootz"]
+        if roots:
+            mujoco.mj_kinematics(self.model, self.data)
+            geoms = [g for g in range(self.model.ngeom) if self.model.geom_bodyid[g] > 0]
+            self.data.qpos[self.model.jnt_qposadr[roots[0]]] += gap - min(self._lowest(g) for g in geoms)
+
+    def _lowest(self, g: int) -> float:
+        """The lowest point of capsule `g` (all that these robots are made of): its lower end, less the radius."""
+        radius, half = self.model.geom_size[g][:2]
+        return self.data.geom_xpos[g][2] - abs(self.data.geom_xmat[g][8]) * half - radius
+
+
+# RL-ViGen's A1. Position targets (rad) per leg (abduction, hip, knee), legs FR, FL, RR, RL; the walk's reference targets q0; the stand's start.
+_A1_RANGES = {
+    "unitree_walk": [(-0.6, 0.2), (-0.8, 0.8), (-2.0, -0.916298)],
+    "unitree_stand": [(-0.802851, 0.802851), (-1.0472, 4.18879), (-2.69653, -0.916298)],
+}
+_A1_Q0 = np.array([0.05, 0.22, -0.8, 0.05, 0.22, -0.8, 0.1, 0.68, 0, 0.1, 0.68, 0])
+_A1_CROUCH = np.array([0.05, 1.3, -2.69653, 0.05, 1.3, -2.69653, 0.1, 1.3, -2.69653, 0.1, 1.3, -2.69653])
+
+
+class UnitreeTask(Textured):
+    """RL-ViGen's two Unitree A1 tasks, on MuJoCo Menagerie's model, in RL-ViGen's scene."""
+
+    ground, action_size = "ground", 12
+
+    def __init__(self, env_id: str, row: Task):
+        self.walk, spec = env_id == "unitree_walk", self._menagerie_spec(env_id)
+        spec.material("carbonfibre").textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = ""
+        spec.material("carbonfibre").rgba, spec.material("dark").rgba = (0.25, 0.25, 0.25, 1), (0.2, 0.2, 0.2, 1)
+        trunk, world = spec.body("trunk"), spec.worldbody
+        trunk.pos = (0, 0, 0.43 if self.walk else 0.096)
+        for i, actuator in enumerate(spec.actuators):
+            actuator.ctrlrange = _A1_RANGES[env_id][i % 3]
+        spec.option.timestep, spec.stat.extent, spec.stat.center = 0.002, 0.8, (0, 0, 0.1)
+        spec.visual.headlight.ambient, spec.visual.headlight.diffuse, spec.visual.headlight.specular = (0.4,) * 3, (0.8,) * 3, (0.1,) * 3
+        spec.visual.map.znear, spec.visual.quality.shadowsize = 0.01, 2048
+        sky = {"type": mujoco.mjtTexture.mjTEXTURE_SKYBOX, "builtin": mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, "width": 800, "height": 800}
+        sky |= {"rgb1": (0.4, 0.6, 0.8), "rgb2": (0, 0, 0), "mark": mujoco.mjtMark.mjMARK_RANDOM, "markrgb": (1, 1, 1)}
+        checker = {"type": mujoco.mjtTexture.mjTEXTURE_2D, "builtin": mujoco.mjtBuiltin.mjBUILTIN_CHECKER, "width": 300, "height": 300}
+        checker |= {"rgb1": (0.2, 0.3, 0.4), "rgb2": (0.1, 0.2, 0.3), "mark": mujoco.mjtMark.mjMARK_EDGE, "markrgb": (0.8, 0.8, 0.8)}
+        spec.add_texture(name="skybox", **sky)
+        spec.add_texture(name="ground", **checker)
+        material = spec.add_material(name="ground", texrepeat=(5, 5), texuniform=True, reflectance=0.2)
+        material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "ground"
+        world.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 0.05), material="ground", group=1)
+        world.add_light(pos=(-1, -1, 4), dir=(1, 1, -4), diffuse=(0.7,) * 3, specular=(0.03,) * 3)
+        quat = np.zeros(4)
+        mujoco.mju_euler2Quat(quat, np.array([0, 0.83, 1.57]), "xyz")
+        trunk.add_camera(name="mounted", pos=(0.7, 0, 0.5), quat=quat)  # rides before the head and looks back and down
+        mujoco.mju_mat2Quat(quat, np.array([-1, 0, 0, 0, -(0.2**0.5), 0.8**0.5, 0, 0.8**0.5, 0.2**0.5]))  # x (-1, 0, 0), y (0, -0.5, 1)
+        trunk.add_camera(name="people", pos=(0, 2.5, 1.5), quat=quat, mode=mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM)
+        self.textures, self.model = spec, spec.compile()
+        self.data = mujoco.MjData(self.model)
+        self.low, self.high = self.model.actuator_ctrlrange.T.copy()
+        self.robot = np.flatnonzero(self.model.geom_bodyid > 0)
+        self.reset(np.random.default_rng(0))
+
+    @staticmethod
+    def _menagerie_spec(env_id: str) -> mujoco.MjSpec:
+        """The robot alone, from MENAGERIE_ROOT, the package's cache or its download."""
+        robot, cache = mujoco_menagerie.get("unitree_a1"), mujoco_menagerie.Cache()
+        try:
+            if not cache.root and not cache.is_cached(robot):  # the package would retry for 7 s without a network, for minutes behind a firewall
+                with contextlib.suppress(urllib.error.HTTPError):  # somebody answers: let the download say what is wrong
+                    urllib.request.urlopen(urllib.request.Request(f"{cache.base_url}/{robot.asset}", method="HEAD"), timeout=5).close()
+            return robot.spec("a1")
+        except (mujoco_menagerie.MenagerieError, OSError, ValueError) as error:  # ValueError: a folder without a1.xml
+            hint = "set MENAGERIE_ROOT to a folder that holds MuJoCo Menagerie's unitree_a1/"
+            raise UserError(f"{env_id} needs the Unitree A1, which cannot be downloaded or read ({error}): {hint}") from None
+
+    def key(self, level: Literal["easy", "hard"]) -> None:
+        super().key("hard")  # sky and ground at both levels: the camera looks down, and RL-ViGen's key would change nothing
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """The published start, the same every time."""
+        mujoco.mj_resetData(self.model, self.data)
+        if not self.walk:
+            self.data.qpos[7:] = _A1_CROUCH
+        mujoco.mj_forward(self.model, self.data)
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
+        """One control step of 0.01 s: five of physics."""
+        self.data.ctrl[:] = self.low + (action + 1) / 2 * (self.high - self.low)
+        mujoco.mj_step(self.model, self.data, 5)
+        mujoco.mj_step1(self.model, self.data)  # mj_step leaves poses one physics step behind qpos; dm_control does the same
+        return self._reward(), False, {}
+
+    def _reward(self) -> float:
+        data, trunk = self.data, self.data.body("trunk")
+        mujoco.mj_subtreeVel(self.model, data)
+        axes, velocity = trunk.xmat.reshape(3, 3), trunk.subtree_linvel  # columns: the trunk's axes in the world; m/s, its subtree's centre of mass
+        omega = axes @ data.qvel[3:6]  # in the world; a free joint's is in its own frame
+        e_x, e_z = axes[:, 0], axes[:, 2]
+        s = rewards.tolerance(trunk.xpos[2], (0.36, np.inf), margin=0.18)
+        tilt = 0.1 * np.sum((e_z - (0, 0, 1)) ** 2) + 0.05 * np.sum((e_x - (1, 0, 0)) ** 2)  # 0.1 p_z + 0.05 p_x
+        if not self.walk:
+            return float((2 * s + e_z[2]) / 3 - 0.08 * np.mean(self.hold() ** 2) - tilt)
+        w = (3 * s + e_z[2] + e_x[0]) / 5 - 0.05 * np.mean((data.ctrl - _A1_Q0) ** 2) - 0.05 * velocity[2] ** 2
+        w += -0.005 * np.sum(omega[:2] ** 2) - tilt
+        m = rewards.tolerance(velocity[0], (1, np.inf), margin=1, sigmoid="linear")
+        return float((w + m + w * m) / 3)
+
+    def hold(self) -> np.ndarray:
+        return 2 * (self.data.ctrl - self.low) / (self.high - self.low) - 1  # the present targets, in [-1, 1]
+
+    def proprio(self) -> np.ndarray:
+        return np.zeros(0, np.float32)
+
+    def spread(self, rng: np.random.Generator) -> None:
+        """Joints over their whole ranges; half the robots upright, the others tumbled or on the back."""
+        low, high = self.model.jnt_range[1:].T
+        for _ in range(50):  # legs that cross deeply would be thrown apart
+            roll = rng.choice([0.0, 0.0, rng.uniform(-np.pi, np.pi), np.pi])
+            self._place(rng, rng.uniform(low, high), tilt=0.3, roll=roll, clearance=rng.exponential(0.05))
+            if self.data.ncon == 0 or self.data.contact.dist.min() > -0.005:
+                return
+
+    def good(self, rng: np.random.Generator) -> None:
+        """Upright at 0.30 to 0.38 m, diagonal legs together when walking."""
+        phase = rng.uniform(0, 2 * np.pi) + np.array([0, np.pi, np.pi, 0])
+        stride, lift = (rng.uniform(0.03, 0.1), rng.uniform(0.02, 0.07)) if self.walk else (0.0, 0.0)
+        x = stride * np.cos(phase) + rng.normal(0, 0.02, 4)  # each foot from its hip, forward and down (m)
+        z = np.clip(rng.uniform(0.28, 0.36) - lift * np.maximum(np.sin(phase), 0), 0.15, None)
+        knee = np.clip(-2 * np.arccos(np.clip(np.hypot(x, z) / 0.4, 0, 1)), *self.model.jnt_range[3])  # two links of 0.2 m
+        self._place(rng, np.stack([rng.normal(0, 0.08, 4), np.arctan2(-x, z) - knee / 2, knee], 1).ravel(), tilt=0.04, roll=0.0, clearance=0.0)
+
+    def _place(self, rng: np.random.Generator, joints: np.ndarray, tilt: float, roll: float, clearance: float) -> None:
+        """These leg joints; the root where an episode can get, any yaw, a random tilt (rad), its lowest point `clearance` (m) above the ground."""
+        mujoco.mj_resetData(self.model, self.data)
+        quat, data = np.zeros(4), self.data
+        mujoco.mju_euler2Quat(quat, np.array([rng.uniform(-np.pi, np.pi), rng.normal(0, tilt), roll + rng.normal(0, tilt)]), "zyx")
+        data.qpos[:] = *(rng.uniform(-2, 10 if self.walk else 2), rng.uniform(-2, 2), 0), *quat, *joints  # at x = 10 m the light is dimmer
+        mujoco.mj_kinematics(self.model, data)
+        up, box = data.geom_xmat[self.robot, 6:], self.model.geom_aabb[self.robot]  # each geom's box (centre, half sizes) along the world's z
+        data.qpos[2] = clearance - np.min(data.geom_xpos[self.robot, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1))
+        data.ctrl[:] = np.clip(joints, self.low, self.high)
+        mujoco.mj_forward(self.model, data)
+
+
+# Adroit: where the 24 hand joints start in qpos; VRL3's divisor of the dense reward; the camera's position and Euler angles (pen, door and hammer
+# the benchmark's, relocate ours: from the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
+_ADROIT: dict[str, dict[str, Any]] = {
+    "pen": {"hand": 0, "scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
+    "door": {"hand": 4, "scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle")},
+    "hammer": {"hand": 2, "scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object")},
+    "relocate": {"hand": 6, "scale": 30, "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)), "palm_to": ("body", "Object")},
+}
+
+
+class AdroitTask:
+    """A task of gymnasium-robotics' Adroit hand, with the benchmark's camera and a corrected reward."""
+
+    def __init__(self, env_id: str, row: Task, reward: str = "dense"):
+        import gymnasium_robotics  # here, because it takes a second that no other task should wait for
+
+        gym.register_envs(gymnasium_robotics)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that v1's dense rewards have a fault: see step
+            self.env = gym.make(f"AdroitHand{env_id.title()}-v1", reward_type=reward).unwrapped
+        self.env_id, self.dense, self.spec = env_id, reward == "dense", _ADROIT[env_id]
+        self.model, self.data, self.action_size = self.env.model, self.env.data, self.env.model.nu
+        camera, (position, euler) = self.model.cam("vil_camera"), self.spec["camera"]
+        camera.pos, camera.fovy = position, 45
+        mujoco.mju_euler2Quat(camera.quat, np.array(euler, float), "xyz")
+        hand = self.spec["hand"]
+        self.arm, self.hand, self.fingers = np.arange(hand), np.arange(hand, hand + 24), np.arange(hand + 2, hand + 24)  # joint i is qpos[i]
+        self.motor = self.model.actuator_trnid[:, 0]  # the joint that each actuator drives
+        self.reset(np.random.default_rng(0))
+
+    def key(self, level: Literal["easy", "hard"]) -> None:
+        """Make the floor, or floor and table, render exactly black: no colour, texture, highlight or mirror. The void is black anyway. Ours."""
+        black = self.model.mat("groundplane").id  # the table's legs have no material of their own, and would keep a highlight
+        self.model.mat_rgba[black], self.model.mat_texid[black] = (0, 0, 0, 1), -1
+        for name in ("specular", "shininess", "reflectance", "emission"):
+            getattr(self.model, f"mat_{name}")[black] = 0
+        for g in range(self.model.ngeom):
+            if {self.model.geom(g).name, self.model.body(self.model.geom_bodyid[g]).name} & ({"ground"} if level == "easy" else {"ground", "table"}):
+                self.model.geom_matid[g], self.model.geom_rgba[g] = black, (0, 0, 0, 1)
+
+    def recolour(self, palette: dict[str, np.ndarray]) -> None:
+        raise UserError(
+            f"{self.env_id} has no sky, and hardly any ground in view: the color settings do not apply; choose a video setting or procedural"
+        )
+
+    def reset(self, rng: np.random.Generator) -> None:
+        self.env.np_random = rng
+        self.env.reset()
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
+        """One control step. `success`: the goal holds at it."""
+        _, reward, _, _, info = self.env.step(action)
+        if self.dense and self.spec["palm_to"]:
+            # gymnasium-robotics 1.4.2 adds +0.1 d, d = |palm - object|; its documentation, D4RL and DAPG have -0.1 d = +0.1 d - 0.2 d.
+            kind, name = self.spec["palm_to"]
+            reward -= 0.2 * np.linalg.norm(self.data.site("S_grasp").xpos - getattr(self.data, kind)(name).xpos)
+        mujoco.mj_kinematics(self.model, self.data)  # the step leaves positions 2 ms behind the joints: picture and proprio of one instant
+        mujoco.mj_camlight(self.model, self.data)
+        return float(reward) / (self.spec["scale"] if self.dense else 1), False, {"success": bool(info["success"])}
+
+    def proprio(self) -> np.ndarray:
+        """(24,) the hand's joint angles (rad)."""
+        return self.data.qpos[self.hand].astype(np.float32)
+
+    def hold(self) -> np.ndarray:
+        return np.clip((self.data.ctrl - self.env.act_mean) / self.env.act_rng, -1, 1)
+
+    def spread(self, rng: np.random.Generator) -> None:
+        """Arm and fingers anywhere in their ranges; the door at any angle, the object in or near the hand, in the air or on the table."""
+        self.reset(rng)
+        for _ in range(50):  # until nothing is stuck inside anything else
+            self._uniform(rng, self.arm, 1)
+            self._uniform(rng, self.hand, rng.uniform(0.2, 1))
+            if self.env_id == "door":
+                self.data.qpos[-2:] = rng.uniform(0, 1.57) * (rng.random() < 0.8), rng.uniform(0, 1.8)  # hinge, latch
+            else:
+                if self.env_id == "hammer":
+                    self.data.qpos[-7] = rng.uniform(0, 0.09)  # the nail
+                where = rng.choice(["hand", "hand", "air", "table"])
+                if where == "hand":
+                    self._put(self._palm((0.007, -0.05, 0.07) + 0.03 * rng.standard_normal(3))[0], _matrix(rng.standard_normal(4)))
+                elif where == "air":
+                    self._put(rng.uniform((-0.2, -0.35, 0.1), (0.2, 0.2, 0.4)), _matrix(rng.standard_normal(4)))
+                else:  # flat, turned about the vertical
+                    turn = rng.uniform(0, np.pi)
+                    flat = _matrix((np.cos(turn), 0, 0, np.sin(turn))) @ _matrix(self.model.body("Object").quat)
+                    self._put(rng.uniform((-0.2, -0.35, 0.036), (0.2, 0.2, 0.04)), flat)
+            if self._clear():
+                break
+        self._aim_motors()
+
+    def good(self, rng: np.random.Generator) -> None:
+        """The object gripped near its goal, the hand on the door's handle; or, at times, the hand reaching for them."""
+        self.reset(rng)
+        data, reaching, candidates = self.data, rng.random() < 0.3, []
+        if self.env_id == "door" and not reaching:
+            data.qpos[-2:] = rng.uniform(0, 1.4), rng.uniform(0, 1.5)
+        if self.env_id == "hammer":
+            data.qpos[-7] = rng.uniform(0, 0.09) * (rng.random() < 0.5)
+        start, way = data.qpos.copy(), rng.uniform(0.2, 1) ** 0.5
+        for _ in range(60):  # of sixty random arms and wrists, one whose object, or hand, is near to where it should be
+            data.qpos[:] = start
+            self._uniform(rng, np.arange(len(self.arm) + 2), 0.3 if self.env_id == "pen" else 1)
+            offset = (0.007, -0.05, 0.075) + 0.004 * rng.standard_normal(3)  # the middle of a fist
+            place, axes = self._palm(offset)
+            distance = 0.0
+            if self.env_id == "pen":  # within some 15 degrees of the target's orientation
+                self._put(place, _matrix((1, 0, 0, 0) + 0.13 * rng.standard_normal(4)) @ data.body("target").xmat.reshape(3, 3))
+            elif self.env_id == "door":
+                distance = np.linalg.norm(place - data.site("S_handle").xpos)
+            elif reaching:
+                distance = np.linalg.norm(place - data.body("Object").xpos)
+            elif self.env_id == "relocate":  # on the way from the table's middle to the target
+                self._put(place, _matrix(rng.standard_normal(4)))
+                distance = np.linalg.norm(place - way * data.site("target").xpos - (1 - way) * np.array((0, 0, 0.08)))
+            else:  # the hammer's head past the thumb, its face to the fingertips
+                turn = rng.uniform(-0.3, 0.3)
+                grip = axes @ _matrix((np.cos(turn), 0, np.sin(turn), 0)) @ np.diag((-1.0, 1.0, -1.0))
+                self._put(self._palm(offset + (0, 0.012, 0))[0], grip)
+                mujoco.mj_kinematics(self.model, data)
+                distance = np.linalg.norm(data.site("tool").xpos - data.site("S_target").xpos)
+            candidates.append((distance * rng.uniform(1, 2), data.qpos.copy()))
+        for _, pose in sorted(candidates, key=lambda candidate: candidate[0]):
+            data.qpos[:] = pose
+            if self._clear():
+                break
+        self._grip(rng)
+
+    def _put(self, position: np.ndarray, rotation: np.ndarray) -> None:
+        """Place the object: its last six joints are slides and Euler hinges in the frame that its body starts in."""
+        body = self.model.body("Object")
+        start = _matrix(body.quat)
+        r = start.T @ rotation
+        self.data.qpos[-6:-3] = start.T @ (position - body.pos)
+        self.data.qpos[-3:] = np.arctan2(-r[1, 2], r[2, 2]), np.arcsin(np.clip(r[0, 2], -1, 1)), np.arctan2(-r[0, 1], r[0, 0])
+
+    def _palm(self, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A point given in the palm's axes (x to the index finger, -y out of the palm, z to the fingertips), and those axes, in the world."""
+        mujoco.mj_kinematics(self.model, self.data)
+        axes = self.data.body("palm").xmat.reshape(3, 3)
+        return self.data.body("palm").xpos + axes @ offset, axes
+
+    def _uniform(self, rng: np.random.Generator, joints: np.ndarray, width: float) -> None:
+        """These joints anywhere in the middle `width` of their ranges."""
+        low, high = self.model.jnt_range[joints].T
+        self.data.qpos[joints] = (low + high) / 2 + width * (high - low) * rng.uniform(-0.5, 0.5, len(joints))
+
+    def _clear(self) -> bool:
+        """At rest, is nothing deeper than 5 mm in anything else? What is would be shot away."""
+        self.data.qvel[:] = 0
+        mujoco.mj_forward(self.model, self.data)
+        return not self.data.ncon or self.data.contact.dist.min() > -0.005
+
+    def _aim_motors(self) -> None:
+        """Set the motors to the present pose, where gain * ctrl = -bias * qpos."""
+        self.data.ctrl[:] = -self.data.qpos[self.motor] * self.model.actuator_biasprm[:, 1] / self.model.actuator_gainprm[:, 0]
+
+    def _grip(self, rng: np.random.Generator) -> None:
+        """Close the fingers on what is in the hand for 0.2 s, all else held still: so the simulator finds the grip."""
+        low, high = self.model.jnt_range[self.fingers].T
+        grip = np.where(low == 0, rng.uniform(0.5, 1) * high, rng.uniform(-0.1, 0.1, 22))  # ranges of flexion start at 0, of spreading below
+        grip[-5:] = rng.uniform(0.6, 1) * np.array([0.9, 1.1, 0.1, 0.3, -0.6])  # the thumb, across the palm
+        self._aim_motors()
+        self.data.ctrl[self.motor >= self.fingers[0]] = grip
+        others = np.setdiff1d(np.arange(self.model.nq), self.fingers)
+        pose = self.data.qpos[others].copy()
+        for _ in range(100):
+            mujoco.mj_step(self.model, self.data)
+            self.data.qpos[others], self.data.qvel[others] = pose, 0
+        self.data.qvel[:] = 0
+        mujoco.mj_forward(self.model, self.data)
+
+
+def _matrix(quat: np.ndarray | tuple[float, ...]) -> np.ndarray:
+    """The rotation matrix of a quaternion of any length."""
+    matrix = np.zeros(9)
+    mujoco.mju_quat2Mat(matrix, np.asarray(quat, float) / np.linalg.norm(quat))
+    return matrix.reshape(3, 3)
+
+
+# ------------------------------------------------------------------------------------------------ backgrounds and colours
+def synthetic_image(rng: np.random.Generator, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: dead leaves (overlapping shapes, sizes by a power law) or coloured 1/f noise, both with natural-image spectra."""
+    if rng.random() < 0.3:
+        frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) + 1 / size
+        noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, size, size))) / frequency ** rng.uniform(0.8, 1.6), s=(size, size))
+        mixed = np.einsum("ij,jhw->hwi", np.eye(3) + rng.normal(0, 0.5, (3, 3)), noise / noise.std())
+        return np.clip(mixed * rng.uniform(30, 60) + rng.uniform(60, 195, 3), 0, 255).astype(np.uint8)
+    image = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
+    for radius in np.sort(size * 0.02 / rng.uniform(0.04, 1, rng.integers(30, 150)))[::-1]:  # large ones first, so that small ones stay seen
+        centre, colour = rng.integers(0, size, 2).tolist(), rng.integers(0, 256, 3).tolist()
+        if rng.random() < 0.5:
+            axes = (int(radius) + 1, int(radius * rng.uniform(0.3, 1)) + 1)
+            cv2.ellipse(image, centre, axes, rng.uniform(0, 180), 0, 360, colour, -1, cv2.LINE_AA)
+        else:
+            box = cv2.boxPoints((centre, (2 * radius, 2 * radius * rng.uniform(0.2, 1)), rng.uniform(0, 180)))
+            cv2.fillConvexPoly(image, box.astype(np.int32), colour, cv2.LINE_AA)
+    return np.clip(image + rng.normal(0, rng.uniform(0, 12), image.shape), 0, 255).astype(np.uint8)
+
+
+def procedural_video(rng: np.random.Generator, length: int, size: int) -> np.ndarray:
+    """(length, size, size, 3) uint8: a synthetic landscape that drifts, with shapes that cross it on paths of their own."""
+    canvas = synthetic_image(rng, 2 * size)
+    phase, speed = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.01, 0.06, 2)
+    n = rng.integers(2, 7)
+    radius, start, velocity = rng.uniform(4, 20, n), rng.uniform(0, size, (n, 2)), rng.normal(0, 1.5, (n, 2))
+    colours = rng.integers(0, 256, (n, 3))
+    video = np.empty((length, size, size, 3), np.uint8)
+    for t in range(length):
+        y, x = (size * (1 + np.sin(phase + speed * t)) / 2).astype(int)
+        video[t] = canvas[y : y + size, x : x + size]
+        for i in range(n):
+            centre = ((start[i] + velocity[i] * t + radius[i]) % (size + 2 * radius[i]) - radius[i]).astype(int)
+            cv2.circle(video[t], centre.tolist(), int(radius[i]), colours[i].tolist(), -1, cv2.LINE_AA)
+    return video
+
+
+@lru_cache
+def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
+    """The files of DMControl-GB's video_easy/ or video_hard/ folder in natural numeric order. Raises UserError where there are none."""
+    folder = Path(distractors) / setting
+    if not folder.is_dir():
+        have = sorted(p.name for p in Path(distractors).iterdir()) if Path(distractors).is_dir() else []
+        raise UserError(
+            f"--distractors {distractors}: no {setting}/ folder in it (it holds: {', '.join(have) or 'nothing'}); expected DMControl-GB's layout"
+        )
+    videos = [p for p in folder.iterdir() if p.suffix.lower() in {".mp4", ".avi", ".mov", ".mkv", ".webm"} and p.is_file()]
+    if not videos:
+        raise UserError(f"{folder}: no videos (.mp4, .avi, .mov, .mkv, .webm) in it")
+    return tuple(sorted(videos, key=lambda p: (int("".join(filter(str.isdigit, p.stem)) or 0), p.name)))
+
+
+def read_video(path: Path, length: int, size: int) -> np.ndarray:
+    """The first `length` frames of a video (fewer if it is shorter) as (T, size, size, 3) uint8 RGB.
+
+    RL-ViGen's arithmetic: bilinear with half-pixel centres, no antialiasing, truncated to bytes. Raises UserError if no frame can be decoded.
+    """
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while len(frames) < length and (decoded := capture.read())[0]:
+        frames.append(decoded[1])  # (h, w, 3) BGR
+    capture.release()
+    if not frames:
+        raise UserError(f"{path}: no frame of this video can be decoded")
+    small = []
+    for i in range(0, len(frames), 32):  # in chunks: 500 frames of 352² in floating point would be 700 MB
+        rgb = torch.from_numpy(np.stack(frames[i : i + 32])).permute(0, 3, 1, 2).flip(1) / 255
+        small.append((F.interpolate(rgb, (size, size), mode="bilinear", align_corners=False) * 255).byte())
+    return torch.cat(small).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+@lru_cache
+def load_colours(path: Path) -> list[dict[str, np.ndarray]]:
+    """The 100 palettes of DMControl-GB's color_easy.pt or color_hard.pt. Its pickle may name numpy's array reconstructors and nothing else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the colour settings need DMControl-GB's {path.name}")
+    reconstruct = np.empty(0).__reduce__()[0]
+    allowed = [(reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, np.dtypes.Float64DType]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            palettes = torch.load(path, weights_only=True)
+        return [{key: np.clip(np.asarray(value, float), 0, 1) for key, value in palette.items()} for palette in palettes]
+    except Exception as error:  # a damaged or hostile file fails in many ways; all of them are the file's fault
+        raise UserError(f"{path}: not a DMControl-GB colour file ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
+    """A view (height, width, channels) uint8 of a texture's bytes inside the model; writing to it before a renderer exists changes the picture."""
+    tex = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_TEXTURE, name)
+    if tex < 0:
+        raise UserError(f"this task's model has no texture {name!r}, which this setting repaints: choose another --setting")
+    height, width, channels = int(model.tex_height[tex]), int(model.tex_width[tex]), int(model.tex_nchannel[tex])
+    start = int(model.tex_adr[tex])
+    return model.tex_data[start : start + height * width * channels].reshape(height, width, channels)
+
+
+# ------------------------------------------------------------------------------------------------------ the environment
+class TalasEnv(gym.Env):
+    """A task seen through a camera, under a visual setting. Build it with `make_env`."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(
+        self,
+        env_id: str,
+        setting: Setting,
+        seed: int,
+        distractors: str | None,
+        image_size: int,
+        frame_stack: int,
+        reward: str,
+        action_repeat: int | None,
+    ):
+        self.env_id, self.setting, self.base_seed, self.distractors = resolve_env_id(env_id), setting, seed, distractors
+        self.row = task_row(self.env_id)
+        self.repeat = action_repeat or self.row.repeat
+        self.episode_steps = self.row.steps * self.row.repeat // self.repeat
+        self.size, self.render_mode = image_size, "rgb_array"
+        loaders = {"suite": SuiteTask, "unitree": UnitreeTask, "adroit": AdroitTask}
+        self.task = loaders[self.row.loader](self.env_id, self.row, **({"reward": reward} if self.row.loader == "adroit" else {}))
+        self.model, self.data = self.task.model, self.task.data
+        self.physics = getattr(self.task, "physics", None)  # dm_control's, on its suite
+        self.vocabulary = self.row.vocabulary or self._names()
+        self._prepare_setting()
+        self._renderer: mujoco.Renderer | None = None
+        self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
+        self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
+        self._episode, self._step = -1, 0
+        self.action_space = gym.spaces.Box(-1, 1, (self.task.action_size,), np.float32)
+        pixels = gym.spaces.Box(0, 255, (3 * frame_stack, image_size, image_size), np.uint8)
+        self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=gym.spaces.Box(-np.inf, np.inf, self.task.proprio().shape, np.float32))
+
+    def _names(self) -> dict[str, str]:
+        """The vocabulary of a model that the table does not know: its bodies, the geoms of its world, and "robot" for all bodies."""
+        bodies = [name for b in range(1, self.model.nbody) if (name := self.model.body(b).name)]
+        world = [name for g in range(self.model.ngeom) if self.model.geom_bodyid[g] == 0 and (name := self.model.geom(g).name)]
+        return {name.replace("_", " "): name for name in bodies + world} | {"robot": " ".join(bodies)}
+
+    def _prepare_setting(self) -> None:
+        """Check that the setting can be had, and paint what is keyed black. Textures go to the renderer when it is made, so this comes first."""
+        if self.setting == "train":
+            return
+        if self.setting != "procedural" and not self.distractors:
+            raise UserError(
+                f"{self.setting} needs DMControl-GB's media: give --distractors FOLDER or set TALAS_DISTRACTORS (`procedural` needs none)"
+            )
+        if self.setting.startswith("color"):
+            self.task.recolour(load_colours(Path(self.distractors) / f"{self.setting}.pt")[0])  # refuses a task without the textures at once
+        else:
+            if self.setting != "procedural":
+                list_videos(self.distractors, self.setting)
+            self.task.key("easy" if self.setting == "video_easy" else "hard")
+
+    def _dress(self, rng: np.random.Generator) -> None:
+        """The look of this episode: the next video, or one palette of the hundred."""
+        if self.setting.startswith("color"):
+            palettes = load_colours(Path(self.distractors) / f"{self.setting}.pt")
+            self.task.recolour(palettes[rng.integers(len(palettes))])
+            self._close_renderer()  # the next one takes the new textures along
+        elif self.setting == "procedural":
+            self._background = procedural_video(rng, self.episode_steps + 1, self.size)
+        elif self.setting != "train":  # RL-ViGen moves on by one before each episode, so the first episode shows the second video
+            videos = list_videos(self.distractors, self.setting)
+            self._background = read_video(videos[(self._episode + 1) % len(videos)], self.episode_steps + 1, self.size)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start the next episode, or episode `options["episode"]`. Episode i draws everything from (seed, i)."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self.base_seed, self._episode = seed, -1
+        self._episode = int((options or {}).get("episode", self._episode + 1))
+        self._step, self._held = 0, 0
+        self.task.reset(np.random.default_rng([self.base_seed, self._episode]))
+        self._dress(np.random.default_rng([self.base_seed, self._episode, 1]))
+        self._frames.extend([self.render()] * self._frames.maxlen)
+        return self._obs(), {"episode": self._episode}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """One agent step: `repeat` control steps of one action, rewards summed. A time limit truncates; it never terminates."""
+        action = np.clip(np.asarray(action, np.float64), -1, 1)
+        reward, terminated = 0.0, False
+        for _ in range(self.repeat):
+            step_reward, terminated, info = self.task.step(action)
+            reward += step_reward
+            self._held += info.get("success", False)
+            if terminated:
+                break
+        self._step += 1
+        self._frames.append(self.render())
+        if self.row.hold:  # Adroit: the benchmark's episode success beside the step's
+            info["episode_success"] = self._held > self.row.hold
+        return self._obs(), reward, terminated, self._step >= self.episode_steps, info
+
+    def _obs(self) -> dict[str, np.ndarray]:
+        pixels = np.concatenate(self._frames, axis=2).transpose(2, 0, 1)  # (3k, H, W), oldest frame first
+        return {"pixels": np.ascontiguousarray(pixels), "proprio": self.task.proprio()}
+
+    def _render(self, option: mujoco.MjvOption | None = None) -> np.ndarray:
+        if self._renderer is None:
+            offscreen = self.model.vis.global_
+            offscreen.offwidth, offscreen.offheight = max(offscreen.offwidth, self.size), max(offscreen.offheight, self.size)
+            try:
+                self._renderer = mujoco.Renderer(self.model, self.size, self.size)
+            except Exception as error:  # what a missing driver raises depends on the backend
+                raise UserError(
+                    f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}. On Debian or Ubuntu: apt-get install libegl1 libgl1"
+                ) from None
+            self._release = weakref.finalize(self, self._renderer.close)  # left to the interpreter's exit, EGL complains
+        # Twice for an infinite plane, which MuJoCo lays out around the camera of the update before: a frame would depend on history.
+        for _ in range(2 if self.row.loader == "unitree" else 1):
+            self._renderer.update_scene(self.data, self.row.camera, option)
+        return self._renderer.render()
+
+    @property
+    def below_ground(self) -> bool:
+        """Is the camera under the floor (the A1's, when the robot lies on its back)? Then the floor is drawn as glass, but segmented as solid."""
+        return bool(self.data.cam_xpos[self.model.camera(self.row.camera).id][2] < 0)
+
+    def render(self) -> np.ndarray:
+        """(H, W, 3) uint8: the present frame. Wherever the scene renders exactly black, the background shows."""
+        frame = self._render()
+        if self._background is not None:
+            keyed = ~frame.any(axis=2)
+            frame[keyed] = self._background[self._step % len(self._background)][keyed]
+        return frame
+
+    def segment(self, prompt: str) -> np.ndarray:
+        """(H, W) bool: which pixels of the frame just rendered show what the prompt names. Raises UserError for a phrase it does not know."""
+        wanted = [self._lookup(phrase) for phrase in parse_prompt(prompt)]
+        option = mujoco.MjvOption()
+        option.geomgroup[1] = not self.below_ground  # the A1's floor is alone in group 1
+        self._renderer.enable_segmentation_rendering()
+        objects = self._render(option)  # (H, W, 2) int32: id and type
+        self._renderer.disable_segmentation_rendering()
+        mask = np.zeros(objects.shape[:2], bool)
+        for ids in wanted:
+            for kind, members in ids.items():
+                mask |= (objects[..., 1] == kind) & np.isin(objects[..., 0], members)
+        return mask
+
+    def _lookup(self, phrase: str) -> dict[int, list[int]]:
+        """The ids that a noun phrase stands for, by MuJoCo's object type. A body stands for its geoms and sites."""
+        if phrase not in self.vocabulary:
+            raise UserError(f"--prompt: {phrase!r} is not in {self.env_id}'s vocabulary; it can name: {', '.join(sorted(self.vocabulary))}")
+        model, patterns = self.model, self.vocabulary[phrase].split()
+
+        def named(name: str, suffix: str = "") -> bool:
+            return any(fnmatch.fnmatchcase(name + suffix, pattern) for pattern in patterns)
+
+        trees: set[int] = set()
+        for b in range(1, model.nbody):  # parents come before their children
+            if named(model.body(b).name, "+") or int(model.body_parentid[b]) in trees:
+                trees.add(b)
+        bodies = trees | {b for b in range(1, model.nbody) if named(model.body(b).name)}
+        return {
+            int(mujoco.mjtObj.mjOBJ_GEOM): [g for g in range(model.ngeom) if named(model.geom(g).name) or model.geom_bodyid[g] in bodies],
+            int(mujoco.mjtObj.mjOBJ_SITE): [s for s in range(model.nsite) if named(model.site(s).name) or model.site_bodyid[s] in bodies],
+            int(mujoco.mjtObj.mjOBJ_TENDON): [t for t in range(model.ntendon) if named(model.tendon(t).name)],
+        }
+
+    def show(self, state: list[np.ndarray], t: int) -> np.ndarray:
+        """(H, W, 3) uint8: a state taken from another setting of the same task (`get_state`), before this episode's background at step t."""
+        mujoco.mj_setState(self.model, self.data, state[0], mujoco.mjtState.mjSTATE_INTEGRATION)
+        for name, value in zip(self.EPISODE_FIELDS, state[1:], strict=True):
+            getattr(self.model, name)[:] = value
+        mujoco.mj_forward(self.model, self.data)
+        self._step = t
+        return self.render()
+
+    EPISODE_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "site_rgba")  # what episodes change in the model, beside the state
+
+    def get_state(self) -> list[np.ndarray]:
+        """All that decides what the scene looks like: MuJoCo's integration state and the model's fields that episodes change."""
+        state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        return [state, *(getattr(self.model, name).copy() for name in self.EPISODE_FIELDS)]
+
+    def _close_renderer(self) -> None:
+        if self._renderer is not None:
+            self._release()
+            self._renderer = None
+
+    def close(self) -> None:
+        self._close_renderer()
+
+
+def parse_prompt(prompt: str) -> list[str]:
+    """The noun phrases of a plain English list: "The hand, the hammer and a nail" -> ["hand", "hammer", "nail"]."""
+    parts = re.split(r"[,;.]|\band\b", prompt.lower())
+    phrases = [" ".join(word for word in part.split() if word not in {"the", "a", "an"}) for part in parts]
+    phrases = [phrase for phrase in phrases if phrase]
+    if not phrases:
+        raise UserError(f"--prompt {prompt!r} names nothing; write something like 'the cart and the pole'")
+    return phrases
+
+
+def mask_iou(pred: np.ndarray, true: np.ndarray, tolerance: int = 0) -> np.ndarray:
+    """Intersection over union of (N, H, W) bool masks, per frame, (N,) float; an empty pair counts 1.
+
+    With a tolerance, a pixel of either mask also counts as shared when the other mask has one at most that far away (in rows and columns).
+    """
+    shared = pred & true
+    if tolerance:
+        kernel = np.ones((2 * tolerance + 1,) * 2, np.uint8)
+        near_pred, near_true = (np.stack([cv2.dilate(m.astype(np.uint8), kernel) for m in masks]).astype(bool) for masks in (pred, true))
+        shared = (pred & near_true) | (true & near_pred)
+    union = (pred | true).sum((1, 2))
+    return np.where(union == 0, 1.0, shared.sum((1, 2)) / np.maximum(union, 1))
+
+
+def make_env(
+    env_id: str,
+    setting: Setting = "train",
+    seed: int = 1,
+    *,
+    distractors: str | None = None,
+    image_size: int = 84,
+    frame_stack: int = 3,
+    reward: Literal["dense", "sparse"] = "dense",
+    action_repeat: int | None = None,
+) -> TalasEnv:
+    """A task under a visual setting, as a gymnasium.Env.
+
+    Observations are {"pixels": (3 * frame_stack, image_size, image_size) uint8, RGB frames, channel first, oldest first; "proprio": (P,) float32},
+    P = 24 hand joint angles on Adroit and 0 elsewhere. Actions are Box(-1, 1). `distractors` (or TALAS_DISTRACTORS) is a folder in DMControl-GB's
+    layout; `reward` matters on Adroit only; `action_repeat` overrides the table's. Raises UserError for whatever the caller can mend.
+    """
+    if setting not in SETTINGS:
+        raise UserError(f"unknown setting {setting!r}: choose from {', '.join(SETTINGS)}")
+    return TalasEnv(env_id, setting, seed, distractors or os.environ.get("TALAS_DISTRACTORS"), image_size, frame_stack, reward, action_repeat)
+
+
+# ------------------------------------------------------------------------------------------ photographs and augmentations
+PHOTO_SIZE = 128  # photographs are kept a little larger than an observation, so that a random crop still has detail
+
+
+def load_photographs(folder: str | None, count: int, seed: int) -> torch.Tensor:
+    """(N, 3, 128, 128) uint8: a seeded sample of at most `count` images from a folder (searched recursively; argument or TALAS_OVERLAY).
+
+    Without a folder: 1,000 synthetic images. A file that cannot be decoded is skipped with a warning; none left is a UserError.
+    """
+    rng, folder = np.random.default_rng([seed, 2]), folder or os.environ.get("TALAS_OVERLAY")
+    if not folder:
+        print("photographs: 1,000 synthetic images (give --overlay FOLDER or set TALAS_OVERLAY for real ones)", flush=True)
+        images = [synthetic_image(rng, PHOTO_SIZE) for _ in range(min(count, 1000))]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    if not Path(folder).is_dir():
+        raise UserError(f"--overlay {folder}: no such folder")
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+    chosen = [files[i] for i in sorted(rng.permutation(len(files))[:count])]
+    photos = [photo for path in chosen if (photo := read_photograph(path)) is not None]
+    if not photos:
+        raise UserError(f"--overlay {folder}: {'none of its images can be read' if files else 'no images (.jpg, .png, .webp, .bmp) in it'}")
+    print(f"photographs: {len(photos):,} of the {len(files):,} in {folder}", flush=True)
+    return torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).contiguous()
+
+
+def read_photograph(path: Path) -> np.ndarray | None:
+    """(128, 128, 3) uint8 RGB: the centre square of one image file, or None, with a warning, if it cannot be decoded."""
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error):
+        image = None
+    if image is None:
+        warnings.warn(f"{path}: skipped, cannot be decoded as an image", stacklevel=2)
+        return None
+    side, (height, width) = min(image.shape[:2]), image.shape[:2]
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side, ::-1]
+    return cv2.resize(square, (PHOTO_SIZE, PHOTO_SIZE), interpolation=cv2.INTER_AREA if side > PHOTO_SIZE else cv2.INTER_LINEAR)
+
+
+def random_crops(photos: torch.Tensor, n: int, size: int) -> torch.Tensor:
+    """(n, 3, size, size) float in [0, 255]: random photographs, each a random resized crop (20-100% of the area, aspect 3/4 to 4/3), half flipped."""
+    device = photos.device
+    chosen = photos[torch.randint(len(photos), (n,), device=device)].float()
+    area, log_aspect = torch.empty(n, device=device).uniform_(0.2, 1), torch.empty(n, device=device).uniform_(np.log(3 / 4), np.log(4 / 3))
+    width, height = ((area * torch.exp(sign * log_aspect)).sqrt().clamp(max=1) for sign in (1, -1))  # as shares of the photograph
+    centre_x, centre_y = ((torch.rand(n, device=device) * 2 - 1) * (1 - share) for share in (width, height))
+    flip = torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
+    zero = torch.zeros_like(width)
+    theta = torch.stack([torch.stack([width * flip, zero, centre_x], 1), torch.stack([zero, height, centre_y], 1)], 1)  # (n, 2, 3)
+    grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
+    return F.grid_sample(chosen, grid, padding_mode="border", align_corners=False)
+
+
+Augmentation = Literal["overlay", "swap", "mix"]
+
+
+def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, kind: Augmentation, alpha: float = 0.5) -> torch.Tensor:
+    """The strong augmentation τ of a stack, one photograph I (and one kind) per sample, the same over its k frames. Uses torch's global generator.
+
+    overlay (the paper's):  τ(o) = (1 - α) o + α I
+    swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
+    mix (ours):             10% clean, 40% overlay, 50% swap
+
+    obs: (B, 3k, H, W) uint8 or float in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns (B, 3k, H, W) float in [0, 255].
+    """
+    batch, channels, size = obs.shape[0], obs.shape[1], obs.shape[-1]
+    obs = obs.float()
+    image = random_crops(photos, batch, size).repeat(1, channels // 3, 1, 1)
+    overlaid = torch.lerp(obs, image, alpha)
+    if kind == "overlay":
+        return overlaid
+    swapped = torch.lerp(image, obs, mask.repeat_interleave(3, dim=1).to(obs.dtype))
+    if kind == "swap":
+        return swapped
+    u = torch.rand(batch, 1, 1, 1, device=obs.device)
+    return torch.where(u < 0.1, obs, torch.where(u < 0.5, overlaid, swapped))
+
+
+# ------------------------------------------------------------------------------------------------------------- the sheet
+@dataclass
+class Args:
+    """List the tasks, or draw one under every setting, with its mask."""
+
+    env: str | None = None
+    """the task to draw; without it, the tasks are listed"""
+    prompt: str | None = None
+    """what the mask shows; by default the task's own prompt"""
+    distractors: str | None = None
+    """folder in DMControl-GB's layout; or set TALAS_DISTRACTORS; without it, train and procedural only"""
+    output: str | None = None
+    """the picture; by default <env>.png"""
+
+
+def draw_settings(args: Args) -> None:
+    """A PNG: a row per setting; start, a spread state and a good one, each with its mask."""
+    env_id, rows = resolve_env_id(args.env), []
+    prompt = args.prompt or task_row(env_id).prompt
+    for setting in SETTINGS:
+        try:
+            env = make_env(env_id, setting, distractors=args.distractors)
+            env.reset()
+        except UserError as error:
+            print(f"{setting}: left out ({error})")
+            continue
+        cells = []
+        for pose in (lambda rng: None, env.task.spread, env.task.good):
+            pose(np.random.default_rng(1))
+            cells += [env.render(), env.segment(prompt)[..., None].repeat(3, 2).astype(np.uint8) * 255]
+        row = np.concatenate(cells, 1).repeat(3, 0).repeat(3, 1)
+        rows.append(cv2.putText(row, setting, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 255), 1, cv2.LINE_AA))
+        env.close()
+    output = args.output or f"{env_id}.png"
+    if not cv2.imwrite(output, np.concatenate(rows)[..., ::-1]):
+        raise UserError(f"--output {output}: cannot be written")
+    print(f"written: {output} (columns: start, spread state, good state, each with the mask of {prompt!r})")
+
+
+def main(args: Args) -> None:
+    if args.env:
+        return draw_settings(args)
+    print(f"{'task':<19}{'loader':<9}{'repeat':>6}{'steps':>7}  default prompt; what else can be named")
+    for name, row in TASKS.items():
+        print(f"{name:<19}{row.loader:<9}{row.repeat:>6}{row.steps:>7}  {row.prompt}; {', '.join(row.vocabulary)}")
+    print(f"\nand, with action repeat 4, the rest of dm_control's suite: {', '.join(name for name in SUITE if name not in TASKS)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,696 @@
+"""TaLaS: asymmetric soft actor-critic on masked observations.
+
+The masker ψ (Phases I and II) is frozen and lets the agent see only what belongs to its task. A replayed observation is seen twice:
+
+    clean      c = shift(ψ(o) ⊙ o)                             o: three stacked frames, ψ applied to each on its own
+    augmented  a = ψ_S(τ(shift(o))) ⊙ τ(shift(o))              τ: a photograph laid over the frames
+
+    z_c = f(c), z_a = f(a)                                      one encoder f, trained by the critic's loss alone
+    y   = r + γ (1 − d) ( min_k Q̄_k(z'_c, u') − α log π(u'|z'_c) ),  u' ~ π(·|z'_c)          the target is clean
+    L_Q = ½ Σ_k [ (Q_k(z_c, u) − y)² + (Q_k(z_a, u) − y)² ]                                  the critic sees both views
+    L_π = ½ Σ_v [ α log π(u_v|z_v) − min_k Q_k(z_c, u_v) ],  v in {c, a},  u_v ~ π(·|z_v)    the actor acts on both, judged on the clean one
+
+The last line is the asymmetry: an action chosen from the augmented view is judged by what the clean view knows.
+
+    python talas_asymmetric_sac.py --env hammer --seed 1               makes a masker if there is none, trains, evaluates, films
+    python talas_asymmetric_sac.py --evaluate runs/.../checkpoint.pt   evaluates and films only
+"""
+
+import copy
+import csv
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from filelock import FileLock
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import Augmentation, Setting, TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, resolve_env_id
+
+
+@dataclass
+class Args:
+    env: str = "walker_walk"
+    """the task; `python envs.py` lists them"""
+    seed: int = 1
+    """seeds everything: episodes, network, exploration, batches"""
+    total_timesteps: int = 500_000
+    """agent steps, one action each; simulator frames are this times the action repeat"""
+    action_repeat: int | None = None
+    """control steps per action; by default the task's own (cartpole 8, finger, Adroit and Unitree 2, others 4)"""
+    reward: Literal["dense", "sparse"] = "dense"
+    """Adroit only: the corrected, scaled shaped reward, or the environment's sparse one (which needs demonstrations to learn from)"""
+
+    # the method and its ablations (README has the table of what each combination is)
+    masker: Literal["student", "teacher", "none"] = "student"
+    """who masks the augmented view, and every observation at evaluation; none: the agent sees whole frames"""
+    clean_masker: Literal["student", "teacher"] | None = None
+    """who masks the clean view and what the policy sees while it collects; by default the same masker. The page's Figure 2 draws the teacher here"""
+    actor_views: Literal["clean", "both"] = "both"
+    """views that the actor is trained on"""
+    actor_judge: Literal["clean", "own"] = "clean"
+    """whose Q judges an action: the clean view's (asymmetric) or the view's own that it was chosen from (symmetric)"""
+    critic_views: Literal["clean", "both"] = "both"
+    """views that the critic is trained on"""
+    augmentation: Augmentation = "overlay"
+    """τ. overlay: the paper's; swap: what the clean mask keeps, pasted on a photograph; mix: both, and clean frames"""
+    masker_path: str | None = None
+    """folder with student.pt and teacher.pt; by default runs/maskers/<env>, made there by Phases I and II if missing"""
+
+    # soft actor-critic: DMC-GB2's SADA unless said otherwise
+    batch_size: int = 128
+    """transitions per update"""
+    learning_starts: int = 1000
+    """random agent steps before the first update; at most two thirds of a short run"""
+    update_every: int = 1
+    """agent steps per update"""
+    actor_lr: float = 5e-4
+    """Adam's learning rate for the actor"""
+    critic_lr: float = 5e-4
+    """Adam's learning rate for encoder and critic"""
+    alpha_lr: float = 5e-4
+    """Adam's learning rate for the entropy temperature (β1 0.5)"""
+    init_alpha: float = 0.1
+    """the entropy temperature at the start"""
+    gamma: float = 0.99
+    """discount per agent step"""
+    tau: float = 0.01
+    """the target critic moves this share of the way at each update"""
+    shift: int = 4
+    """random shift of replayed observations, pixels (DrQ)"""
+    encoder_strides: tuple[int, int, int, int] = (2, 1, 1, 1)
+    """strides of the four convolutions; (2, 2, 1, 1) is three times cheaper and does for small tasks"""
+    hidden_dim: int = 1024
+    """width of the actor's and the critics' two hidden layers"""
+    replay_size: int = 500_000
+    """frames kept; memory is taken as it fills, 21 KB a frame and 7 KB for its mask"""
+
+    # media
+    distractors: str | None = None
+    """folder in DMControl-GB's layout for the video and colour settings; or set TALAS_DISTRACTORS"""
+    overlay: str | None = None
+    """folder of photographs for the augmentation (Places365 in the paper); or set TALAS_OVERLAY; synthetic images without one"""
+    overlay_images: int = 5000
+    """how many photographs to sample from the folder"""
+
+    # evaluation, logging, machine
+    evaluate: str | None = None
+    """a checkpoint.pt: evaluate and film it, train nothing"""
+    eval_every: int = 25_000
+    """agent steps between evaluations; one always ends the run"""
+    eval_episodes: int | None = None
+    """episodes per setting, with the policy's mean action; by default 10, fewer when the whole run has fewer"""
+    eval_settings: tuple[Setting, ...] | None = None
+    """by default train, video_easy, video_hard; without --distractors train, procedural"""
+    exp_name: str = "talas"
+    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs with bf16 instructions, where it is several times faster"""
+    torch_deterministic: bool = True
+    """use deterministic kernels where torch has them"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project_name: str = "talas"
+    """the project there"""
+    wandb_entity: str | None = None
+    """the team there"""
+
+
+# ------------------------------------------------------------------------------------------------------------ the masker
+class Masker(nn.Module):
+    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. The network of talas_phase1.py, which explains it."""
+
+    def __init__(self, widths: tuple[int, int, int] = (24, 48, 64)):
+        super().__init__()
+        fine, middle, coarse = widths
+        self.stem = nn.Conv2d(12, fine, 3, padding=1)  # 84×84×3 unshuffled to 42×42×12
+        self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
+        self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
+        self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
+        self.conv2 = nn.Conv2d(coarse, coarse, 3, padding=1)
+        self.up2 = nn.Conv2d(coarse, middle, 1)
+        self.fuse1 = nn.Conv2d(middle, middle, 3, padding=1)
+        self.up1 = nn.Conv2d(middle, fine, 1)
+        self.fuse0 = nn.Conv2d(fine, fine, 3, padding=1)
+        self.head = nn.Conv2d(fine, 4, 3, padding=1)  # four logits a position, shuffled back to 84×84
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) frames in [0, 255], H and W even -> (N, H, W) logits."""
+        fine = F.relu(self.stem(F.pixel_unshuffle(frames / 255 - 0.5, 2)))
+        middle = F.relu(self.conv1(F.relu(self.down1(fine))))
+        coarse = F.relu(self.down2(middle))
+        coarse = coarse + F.relu(self.conv2(coarse))
+        middle = F.relu(self.fuse1(middle + F.interpolate(self.up2(coarse), size=middle.shape[-2:])))
+        fine = F.relu(self.fuse0(fine + F.interpolate(self.up1(middle), size=fine.shape[-2:])))
+        return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
+
+
+def find_masker(args: Args, which: str) -> tuple[Masker, dict]:
+    """The frozen student or teacher, and its checkpoint. Without --masker-path, a missing one is made first, by Phases I and II.
+
+    Runs that start together wait for one another at a lock, so that the masker is made once. Raises UserError for one made for another task.
+    """
+    folder = Path(args.masker_path or f"runs/maskers/{args.env}")
+    path = folder / f"{which}.pt"
+    if not args.masker_path:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (folder / "student.pt").is_file():
+                print(f"no masker in {folder}: making one first (Phases I and II, some ten minutes on a CPU)", flush=True)
+                media = [f"--{name}={value}" for name, value in (("overlay", args.overlay), ("device", args.device)) if value]
+                phase1 = [f"--distractors={args.distractors}"] if args.distractors else []
+                for script, extra in (("talas_phase1.py", phase1), ("talas_phase2.py", [])):
+                    command = [sys.executable, str(Path(__file__).with_name(script)), f"--env={args.env}", *media, *extra]
+                    print("$ " + " ".join(command), flush=True)
+                    if subprocess.run(command).returncode:
+                        raise UserError(f"{script} failed (see above); no masker, no training. --masker none does without")
+    if not path.is_file():
+        raise UserError(f"{path}: no such masker; make it with talas_phase1.py and talas_phase2.py")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        masker = Masker()
+        masker.load_state_dict(checkpoint["state_dict"])
+        made_for, size = checkpoint["env_id"], checkpoint["image_size"]
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"{path}: not a masker ({type(error).__name__})") from None
+    if made_for != args.env or size != 84:
+        raise UserError(f"{path} was made for {made_for} at {size} pixels, not for {args.env} at 84")
+    return masker.requires_grad_(False).eval(), checkpoint
+
+
+def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
+    """(B, 3k, H, W) frames in [0, 255] -> (B, k, H, W) uint8 masks, 255 ψ(o): every frame of the stack on its own."""
+    batch, channels, height, width = stack.shape
+    if masker is None:
+        return torch.full((batch, channels // 3, height, width), 255, dtype=torch.uint8, device=stack.device)
+    frames = stack.reshape(-1, 3, height, width).contiguous(memory_format=torch.channels_last)
+    return (masker(frames).sigmoid() * 255).round().byte().view(batch, channels // 3, height, width)
+
+
+def apply_mask(stack: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """ψ(o) ⊙ o: (B, 3k, H, W) frames in [0, 255] and (B, k, H, W) masks in [0, 255] -> (B, 3k, H, W) float in [0, 1], channels_last."""
+    product = stack.float() * mask.repeat_interleave(3, dim=1) / 255**2
+    return product.contiguous(memory_format=torch.channels_last)
+
+
+def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
+    """Shift (B, C_i, H, W) tensors of one dtype together, each sample by a random offset of at most `pad` pixels, edges repeated."""
+    joined = F.pad(torch.cat(stacks, 1), (pad,) * 4, mode="replicate").permute(0, 2, 3, 1)  # (B, H + 2 pad, W + 2 pad, C)
+    batch, (height, width), device = len(joined), stacks[0].shape[-2:], joined.device
+    rows = torch.randint(2 * pad + 1, (batch, 1, 1), device=device) + torch.arange(height, device=device)[:, None]  # (B, H, 1)
+    cols = torch.randint(2 * pad + 1, (batch, 1, 1), device=device) + torch.arange(width, device=device)  # (B, 1, W)
+    shifted = joined[torch.arange(batch, device=device)[:, None, None], rows, cols].permute(0, 3, 1, 2)
+    return list(shifted.split([stack.shape[1] for stack in stacks], dim=1))
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+def orthogonal(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.orthogonal_(module.weight, math.sqrt(2) if isinstance(module, nn.Conv2d) else 1.0)
+        nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """f: (B, 9, 84, 84) in [0, 1] -> (B, D). Black, which is what a mask leaves of the background, is zero."""
+
+    def __init__(self, channels: int, strides: tuple[int, ...]):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for stride in strides:
+            layers += [nn.Conv2d(channels, 32, 3, stride=stride), nn.ReLU()]
+            channels = 32
+        self.convs = nn.Sequential(*layers, nn.Flatten())
+        self.apply(orthogonal)
+        self.convs.to(memory_format=torch.channels_last)  # after the initialisation: orthogonal_ cannot write into it
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.convs(pixels)
+
+
+class Trunk(nn.Module):
+    """(B, D) embedding, (B, P) proprioception -> (B, 50 + P): the joints are joined after the projection, where 39,200 pixels cannot drown them."""
+
+    def __init__(self, embedding_dim: int):
+        super().__init__()
+        self.project = nn.Sequential(nn.Linear(embedding_dim, 50), nn.LayerNorm(50), nn.Tanh())
+
+    def forward(self, z: torch.Tensor, proprio: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.project(z), proprio], 1)
+
+
+class Head(nn.Module):
+    """Two hidden layers and an output layer that stays in fp32: at Q = 100, bf16 would round to the next half."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        self.out = nn.Linear(hidden, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.hidden(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(h.float())
+
+
+class Actor(nn.Module):
+    def __init__(self, embedding_dim: int, proprio_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        self.trunk, self.head = Trunk(embedding_dim), Head(50 + proprio_dim, hidden, 2 * action_dim)
+        self.apply(orthogonal)
+
+    def forward(self, z: torch.Tensor, proprio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A sampled action (B, A), its log π (B,), and the mean action (B, A); all in [-1, 1]."""
+        mean, log_std = self.head(self.trunk(z, proprio)).chunk(2, dim=1)
+        log_std = -10 + 6 * (torch.tanh(log_std) + 1)  # into [-10, 2]
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        # log π(tanh u) = log N(u) − Σ log(1 − tanh² u), the last term as 2 (log 2 − u − softplus(−2u)): 1 − tanh² would underflow
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return torch.tanh(u), log_prob.sum(1), torch.tanh(mean)
+
+
+class Critic(nn.Module):
+    """Q_1, Q_2: (B, D), (B, P), (B, A) -> (2, B)."""
+
+    def __init__(self, embedding_dim: int, proprio_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        self.trunk = Trunk(embedding_dim)
+        self.heads = nn.ModuleList(Head(50 + proprio_dim + action_dim, hidden, 1) for _ in range(2))
+        self.apply(orthogonal)
+
+    def forward(self, z: torch.Tensor, proprio: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.trunk(z, proprio), action], 1)
+        return torch.stack([head(x).squeeze(1) for head in self.heads])
+
+
+# ------------------------------------------------------------------------------------------------------------ the update
+@dataclass
+class Batch:
+    """Transitions as replay returns them."""
+
+    obs: torch.Tensor  # (B, 9, 84, 84) uint8, whole frames
+    mask: torch.Tensor  # (B, 3, 84, 84) uint8, 255 ψ(o)
+    proprio: torch.Tensor  # (B, P) float32
+    action: torch.Tensor  # (B, A) float32
+    reward: torch.Tensor  # (B,) float32
+    done: torch.Tensor  # (B,) float32, 1 for a termination; a time limit is none
+    next_obs: torch.Tensor
+    next_mask: torch.Tensor
+    next_proprio: torch.Tensor
+
+
+class Agent(nn.Module):
+    """The networks and METHOD's losses, as functions of tensors."""
+
+    def __init__(self, args: Args, channels: int, proprio_dim: int, action_dim: int, masker: Masker | None, photos: torch.Tensor | None):
+        super().__init__()
+        self.args, self.photos = args, photos
+        self.encoder = Encoder(channels, args.encoder_strides)
+        with torch.no_grad():
+            dims = (self.encoder(torch.zeros(1, channels, 84, 84)).shape[1], proprio_dim, action_dim, args.hidden_dim)
+        self.actor, self.critic = Actor(*dims), Critic(*dims)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
+        self.masker = masker  # the deployed one, frozen
+        self.target_entropy = -float(action_dim)
+
+    def views(self, obs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The clean and the augmented view of one shifted stack, (B, 9, 84, 84) float in [0, 1] each; obs and mask as in Batch."""
+        obs, mask = random_shift(obs, mask, pad=self.args.shift)
+        clean = apply_mask(obs, mask)  # c = shift(ψ(o) ⊙ o) = shift(ψ(o)) ⊙ shift(o)
+        if "both" not in (self.args.critic_views, self.args.actor_views):
+            return clean, None
+        augmented = augment(obs, mask / 255, self.photos, self.args.augmentation)  # τ(shift(o))
+        return clean, apply_mask(augmented, mask_stack(self.masker, augmented))  # a = ψ_S(τ(shift(o))) ⊙ τ(shift(o))
+
+    @torch.no_grad()
+    def target_q(self, next_z: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """y = r + γ (1 − d) ( min_k Q̄_k(z'_c, u') − α log π(u'|z'_c) ): (B,)."""
+        next_action, next_log_prob, _ = self.actor(next_z, batch.next_proprio)
+        next_q = self.target_critic(next_z, batch.next_proprio, next_action).min(0).values - self.log_alpha.exp() * next_log_prob
+        return batch.reward + self.args.gamma * (1 - batch.done) * next_q
+
+    def critic_loss(self, z: list[torch.Tensor], batch: Batch, target_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """L_Q = ½ Σ_k Σ_v (Q_k(z_v, u) − y)², averaged over the batch; and Q (2, V·B). z: the views that the critic learns from."""
+        views = len(z)
+        q = self.critic(torch.cat(z), batch.proprio.repeat(views, 1), batch.action.repeat(views, 1))
+        return 0.5 * (q - target_q.repeat(views)).square().sum() / len(target_q), q
+
+    def actor_loss(self, z: list[torch.Tensor], proprio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """L_π = mean over views v of α log π(u_v|z_v) − min_k Q_k(z_c, u_v); and log π (V·B,). z: stop-gradient embeddings, the clean one first."""
+        views = len(z)
+        proprio = proprio.repeat(views, 1)
+        action, log_prob, _ = self.actor(torch.cat(z), proprio)
+        judge = [z[0]] * views if self.args.actor_judge == "clean" else z  # the asymmetry: judged on the clean view
+        q = self.critic(torch.cat(judge), proprio, action).min(0).values
+        return (self.log_alpha.exp().detach() * log_prob - q).mean(), log_prob.detach()
+
+    def alpha_loss(self, log_prob: torch.Tensor) -> torch.Tensor:
+        """The temperature falls while the policy's entropy is above −|A|, and rises below."""
+        return (-self.log_alpha.exp() * (log_prob + self.target_entropy)).mean()
+
+    def update(self, batch: Batch, optimizers: "Optimizers") -> dict[str, torch.Tensor]:
+        """One step of critic and encoder, actor, temperature and target. Returns metrics, still on the device."""
+        args = self.args
+        with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with torch.no_grad():
+                clean, augmented = self.views(batch.obs, batch.mask)
+                next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=args.shift))  # a shift of its own
+                target_q = self.target_q(self.encoder(next_clean), batch)
+            pixels = clean if augmented is None else torch.cat([clean, augmented])
+            z = list(self.encoder(pixels).split(len(clean)))  # z_c, z_a in one pass
+            critic_loss, q = self.critic_loss(z if args.critic_views == "both" else z[:1], batch, target_q)
+            optimizers.critic.zero_grad()
+            critic_loss.backward()
+            optimizers.critic.step()
+
+            # The actor learns on the embeddings from before the encoder's step, detached: f is the critic's alone.
+            z = [view.detach() for view in (z if args.actor_views == "both" else z[:1])]
+            actor_loss, log_prob = self.actor_loss(z, batch.proprio)
+            optimizers.actor.zero_grad()
+            actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic judges here, and does not learn
+            optimizers.actor.step()
+
+            alpha_loss = self.alpha_loss(log_prob)
+            optimizers.alpha.zero_grad()
+            alpha_loss.backward()
+            optimizers.alpha.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
+        return {
+            "losses/qf_loss": critic_loss.detach(),
+            "losses/qf_values": q.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+            "losses/alpha_loss": alpha_loss.detach(),
+            "losses/alpha": self.log_alpha.detach().exp(),
+            "losses/entropy": -log_prob.mean(),
+        }
+
+    @torch.no_grad()
+    def act(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> np.ndarray:
+        """(A,) float32: the policy's action for one masked observation, sampled, or its mean."""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask)), proprio)
+        return (mean_action if mean else sample)[0].cpu().numpy()
+
+
+class Optimizers:
+    def __init__(self, agent: Agent, args: Args):
+        self.critic = torch.optim.Adam([*agent.encoder.parameters(), *agent.critic.parameters()], lr=args.critic_lr, fused=True)
+        self.actor = torch.optim.Adam(agent.actor.parameters(), lr=args.actor_lr, fused=True)
+        self.alpha = torch.optim.Adam([agent.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
+
+
+# ------------------------------------------------------------------------------------------------------------ replay
+class Replay:
+    """Every frame once, as bytes, with its mask; stacks are put together when sampled. A ring: the oldest frames go first.
+
+    Frame n of the run lies in slot n % capacity. An episode of T steps is T + 1 frames; transition n leads from frame n to frame n + 1.
+    """
+
+    def __init__(self, capacity: int, obs: dict[str, np.ndarray], action_dim: int, device: torch.device):
+        self.capacity, self.device, self.stack = capacity, device, obs["pixels"].shape[0] // 3
+        size = obs["pixels"].shape[1:]
+        self.frames = torch.empty((capacity, 3, *size), dtype=torch.uint8)  # empty: the system hands out memory when it is written to
+        self.masks = torch.empty((capacity, *size), dtype=torch.uint8)
+        self.proprio = torch.empty((capacity, *obs["proprio"].shape))
+        self.actions, self.rewards, self.dones = torch.empty((capacity, action_dim)), torch.empty(capacity), torch.empty(capacity)
+        self.first = torch.zeros(capacity, dtype=torch.int64)  # the number of the first frame of this frame's episode
+        self.number = torch.zeros(capacity, dtype=torch.int64)  # the number of the frame in this slot
+        self.valid = torch.zeros(capacity, dtype=torch.bool)  # does a whole transition start here?
+        self.n = 0  # frames ever written
+
+    def add_frame(self, obs: dict[str, np.ndarray], mask: torch.Tensor, first: bool) -> None:
+        """The newest frame of an observation, and its (H, W) mask."""
+        slot = self.n % self.capacity
+        for k in range(self.stack + 1):  # what starts at the frame lost here, or stacks it, is no transition any more
+            self.valid[(self.n + k) % self.capacity] = False
+        self.frames[slot] = torch.from_numpy(obs["pixels"][-3:])
+        self.masks[slot] = mask
+        self.proprio[slot] = torch.from_numpy(obs["proprio"])
+        self.number[slot] = self.n
+        self.first[slot] = self.n if first else self.first[slot - 1]
+        self.n += 1
+
+    def add_step(self, action: np.ndarray, reward: float, terminated: bool, next_obs: dict[str, np.ndarray], next_mask: torch.Tensor) -> None:
+        """The transition from the newest frame to `next_obs`. A truncated episode's last one is as good as any: it bootstraps."""
+        slot = (self.n - 1) % self.capacity
+        self.actions[slot], self.rewards[slot], self.dones[slot] = torch.from_numpy(action), reward, float(terminated)
+        self.add_frame(next_obs, next_mask, first=False)
+        self.valid[slot] = True
+
+    def _stacks(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stacks (B, 3k, H, W), masks (B, k, H, W) and proprioception of frames by number; before an episode's first frame stands that frame."""
+        slots = numbers % self.capacity
+        before = torch.maximum(numbers[:, None] + torch.arange(1 - self.stack, 1), self.first[slots][:, None]) % self.capacity  # (B, k)
+        return self.frames[before].flatten(1, 2).to(self.device), self.masks[before].to(self.device), self.proprio[slots].to(self.device)
+
+    def sample(self, batch_size: int) -> Batch:
+        slots = torch.zeros(0, dtype=torch.int64)
+        while len(slots) < batch_size:  # nearly every slot is valid, so a few draws too many are enough
+            drawn = torch.randint(min(self.n, self.capacity), (batch_size + 16,))
+            slots = torch.cat([slots, drawn[self.valid[drawn]]])
+        slots = slots[:batch_size]
+        numbers = self.number[slots]
+        obs, mask, proprio = self._stacks(numbers)
+        next_obs, next_mask, next_proprio = self._stacks(numbers + 1)
+        action, reward, done = (values[slots].to(self.device) for values in (self.actions, self.rewards, self.dones))
+        return Batch(obs, mask, proprio, action, reward, done, next_obs, next_mask, next_proprio)
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+def observe(agent_masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An observation as a batch of one: pixels (1, 9, H, W) uint8, mask (1, 3, H, W) uint8, proprio (1, P)."""
+    pixels = torch.from_numpy(obs["pixels"]).unsqueeze(0).to(device)
+    with torch.no_grad():
+        return pixels, mask_stack(agent_masker, pixels), torch.from_numpy(obs["proprio"]).unsqueeze(0).to(device)
+
+
+def evaluate(agent: Agent, args: Args, setting: Setting, episodes: int, prompt: str | None, film: Path | None) -> dict[str, float]:
+    """Undiscounted returns of the mean policy over `episodes` episodes, and the IoU of its masks with the simulator's on every fifth frame.
+
+    The first episode is filmed: what the camera sees, the mask, what the agent sees.
+    """
+    device, panels, ious, returns, successes = agent.log_alpha.device, [], [], [], []
+    env = make_env(args.env, setting, args.seed + 10_000, distractors=args.distractors, reward=args.reward, action_repeat=args.action_repeat)
+    for episode in range(episodes):
+        obs, info = env.reset(options={"episode": episode})
+        done, total, step = False, 0.0, 0
+        while not done:
+            pixels, mask, proprio = observe(agent.masker, obs, device)
+            if film and episode == 0:
+                frame, grey = obs["pixels"][-3:].transpose(1, 2, 0), mask[0, -1].cpu().numpy()[..., None]
+                panel = np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1)
+                panels.append(panel.repeat(4, 0).repeat(4, 1))
+            if prompt and step % 5 == 0:
+                true = env.segment(prompt)[None]
+                ious.append([mask_iou(mask[:, -1].cpu().numpy() > 127, true, tolerance)[0] for tolerance in (0, 1)])
+            obs, reward, terminated, truncated, info = env.step(agent.act(pixels, mask, proprio, mean=True))
+            done, total, step = terminated or truncated, total + reward, step + 1
+        returns.append(total)
+        successes.append(info.get("episode_success"))
+    env.close()
+    figures = {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns)), "episodes": episodes}
+    figures = {f"eval/{setting}/{key}": value for key, value in figures.items()}
+    if successes[0] is not None:
+        figures[f"eval/{setting}/success_rate"] = float(np.mean(successes))
+    if ious:
+        name = "clean" if setting == "train" else setting
+        figures |= {f"iou/{name}": float(np.mean(ious, 0)[0]), f"iou_1px/{name}": float(np.mean(ious, 0)[1])}
+    if film:
+        imageio.mimwrite(film, panels, fps=max(5, 1000 // (10 * env.repeat) // 3), macro_block_size=None)
+    return figures
+
+
+def evaluate_all(agent: Agent, args: Args, settings: tuple[Setting, ...], episodes: int, prompt: str | None, folder: Path | None) -> dict[str, float]:
+    """Every setting, one after the other; films into `folder`, and then prints the table."""
+    figures: dict[str, float] = {}
+    for setting in settings:
+        figures |= evaluate(agent, args, setting, episodes, prompt, folder / f"{setting}.mp4" if folder else None)
+    if folder:
+        print(f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}")
+        for setting in settings:
+            row = {key: figures.get(f"eval/{setting}/{key}", math.nan) for key in ("return_mean", "return_std", "success_rate")}
+            iou = figures.get(f"iou/{'clean' if setting == 'train' else setting}", math.nan)
+            cells = (f"{row['return_mean']:9.1f}", f"{row['return_std']:8.1f}", f"{iou:10.3f}", f"{row['success_rate']:9.0%}")
+            print(f"{setting:<12}" + "".join(cell.replace("nan%", "–").replace("nan", "–") for cell in cells))
+    return figures
+
+
+def save_checkpoint(path: Path, agent: Agent, args: Args, step: int, prompt: str | None) -> None:
+    """Written under a temporary name, then renamed: nobody ever finds half a checkpoint."""
+    weights = {name: module.state_dict() for name, module in agent.named_children()} | {"log_alpha": agent.log_alpha.detach()}
+    temporary = path.with_suffix(".tmp")
+    torch.save({"version": 1, "args": asdict(args), "step": step, "prompt": prompt, "weights": weights}, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"--evaluate {path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["args"] = Args(**checkpoint["args"])
+        return checkpoint
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"--evaluate {path}: not a checkpoint of this script ({type(error).__name__})") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+def pick_precision(args: Args, device: torch.device) -> str:
+    capable = device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return args.precision if args.precision != "auto" else "bf16" if capable else "fp32"
+
+
+def main(args: Args) -> None:
+    checkpoint = load_checkpoint(Path(args.evaluate)) if args.evaluate else None
+    if checkpoint:  # the agent's own arguments, but for what this evaluation was asked for
+        asked = {key: getattr(args, key) for key in ("evaluate", "eval_settings", "eval_episodes", "distractors", "device", "precision")}
+        args = replace(checkpoint["args"], **asked)
+    args.env = resolve_env_id(args.env)
+    if args.masker == "none" and args.augmentation != "overlay":
+        raise UserError(f"--augmentation {args.augmentation} pastes what a mask keeps; with --masker none there is only overlay")
+    distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
+    settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
+    env_kwargs = {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
+    for setting in settings:  # better an error now than after the training
+        make_env(args.env, setting, args.seed, **env_kwargs).close()
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    args.precision = pick_precision(args, device)
+    random.seed(args.seed)
+    np.random.seed(args.seed)  # noqa: NPY002 - for what libraries draw; this file's draws come from torch and env.action_space
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+
+    env = make_env(args.env, "train", args.seed, **env_kwargs)
+    env.action_space.seed(args.seed)
+    obs, _ = env.reset()
+    spaces = (obs["pixels"].shape[0], len(obs["proprio"]), env.action_space.shape[0])
+    episodes = args.eval_episodes or max(1, min(10, args.total_timesteps // env.episode_steps))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if checkpoint else ''}")
+
+    if checkpoint:
+        agent = Agent(args, *spaces, Masker() if args.masker != "none" else None, None)
+        for name, module in agent.named_children():
+            module.load_state_dict(checkpoint["weights"][name])
+        run.mkdir(parents=True)
+        figures = evaluate_all(agent.to(device), args, settings, args.eval_episodes or 10, checkpoint["prompt"], run)
+        (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))
+        print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
+        return
+
+    # ---- the frozen maskers, the photographs, the agent
+    masker, clean_masker, prompt = None, None, None
+    if args.masker != "none":
+        masker, made = find_masker(args, args.masker)
+        masker, prompt = masker.to(device, memory_format=torch.channels_last), made["prompt"]
+        same = args.clean_masker in (None, args.masker)
+        clean_masker = masker if same else find_masker(args, args.clean_masker)[0].to(device, memory_format=torch.channels_last)
+    two_views = "both" in (args.critic_views, args.actor_views)
+    photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if two_views else None
+    agent = Agent(args, *spaces, masker, photos).to(device)
+    optimizers = Optimizers(agent, args)
+    replay = Replay(min(args.replay_size, args.total_timesteps + args.total_timesteps // env.episode_steps + 8), obs, spaces[2], device)
+    learning_starts = min(args.learning_starts, 2 * args.total_timesteps // 3)
+
+    run.mkdir(parents=True)
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--track needs Weights & Biases: pip install wandb") from None
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args), name=run.name, dir=run)
+    writer = SummaryWriter(run)
+    writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
+    returns_file = (run / "returns.csv").open("w", newline="", buffering=1)
+    returns = csv.writer(returns_file)
+    returns.writerow(["step", "episode", "return", "length", "success", "seconds"])
+    print(
+        f"TaLaS on {args.env}: {args.total_timesteps:,} agent steps × action repeat {env.repeat} = {args.total_timesteps * env.repeat:,} frames; "
+        f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}",
+        flush=True,
+    )
+
+    # ---- the loop
+    started, updates, episode, episode_return, episode_start, evaluation_seconds = time.time(), 0, 0, 0.0, 0, 0.0
+    pixels, mask, proprio = observe(clean_masker, obs, device)
+    replay.add_frame(obs, mask[0, -1], first=True)
+    history: deque[float] = deque(maxlen=10)
+    bar = tqdm(total=args.total_timesteps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
+    for step in range(1, args.total_timesteps + 1):
+        action = env.action_space.sample() if step <= learning_starts else agent.act(pixels, mask, proprio, mean=False)
+        obs, reward, terminated, truncated, info = env.step(action)
+        pixels, mask, proprio = observe(clean_masker, obs, device)
+        replay.add_step(action, reward, terminated, obs, mask[0, -1])
+        episode_return += reward
+        if terminated or truncated:
+            seconds = time.time() - started
+            returns.writerow([step, episode, f"{episode_return:.3f}", step - episode_start, info.get("episode_success", ""), f"{seconds:.1f}"])
+            writer.add_scalar("charts/episodic_return", episode_return, step)
+            writer.add_scalar("charts/episodic_length", step - episode_start, step)
+            history.append(episode_return)
+            bar.set_postfix({"return": f"{episode_return:.1f}", "mean of 10": f"{np.mean(history):.1f}"}, refresh=False)
+            episode, episode_return, episode_start = episode + 1, 0.0, step
+            obs, _ = env.reset()
+            pixels, mask, proprio = observe(clean_masker, obs, device)
+            replay.add_frame(obs, mask[0, -1], first=True)
+        if step > learning_starts and step % args.update_every == 0:
+            metrics = agent.update(replay.sample(args.batch_size), optimizers)
+            updates += 1
+            if updates % 100 == 0:
+                for key, value in metrics.items():
+                    writer.add_scalar(key, value.item(), step)
+                writer.add_scalar("charts/SPS", step / (time.time() - started - evaluation_seconds), step)
+        if step % args.eval_every == 0 and step < args.total_timesteps:
+            before = time.time()
+            figures = evaluate_all(agent, args, settings, episodes, prompt, None)
+            for key, value in figures.items():
+                writer.add_scalar(key, value, step)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                sample = replay.sample(8)
+                views = [view for view in agent.views(sample.obs, sample.mask) if view is not None]
+            writer.add_images("views/clean_and_augmented", torch.cat([view[:, -3:] for view in views], 3), step)
+            save_checkpoint(run / "checkpoint.pt", agent, args, step, prompt)
+            bar.write(f"step {step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
+            evaluation_seconds += time.time() - before
+        bar.update()
+    bar.close()
+    env.close()
+
+    # ---- the end: the table, the films, the figures
+    save_checkpoint(run / "checkpoint.pt", agent, args, args.total_timesteps, prompt)
+    figures = evaluate_all(agent, args, settings, episodes, prompt, run)
+    for key, value in figures.items():
+        writer.add_scalar(key, value, args.total_timesteps)
+    writer.close()
+    returns_file.close()
+    figures |= {"train/steps": args.total_timesteps, "train/updates": updates, "train/seconds": round(time.time() - started, 1)}
+    (run / "metrics.json").write_text(json.dumps(figures, indent=2))
+    films = ", ".join(f"{setting}.mp4" for setting in settings)
+    print(f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: python {sys.argv[0]} --evaluate {run}/checkpoint.pt")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,315 @@
+"""TaLaS, Phase I: language-guided mask distillation.
+
+A sentence says what belongs to the task; a frozen segmenter finds it, once, in frames of the clean task; a tiny network, the teacher
+masker ψ_T, learns to do the same in a fraction of a millisecond.
+
+    in    a task and a prompt ("the hand, the hammer and the nail")
+    out   runs/maskers/<env>/teacher.pt and frames.npz (which Phase II reads), and a run folder with curves, figures and a picture
+
+    python talas_phase1.py --env walker_walk
+
+The segmenter that is built in, `sim`, looks the prompt's phrases up in the simulator: privileged masks, the yardstick that needs no
+download. The method's own is a language-conditioned video model; whatever it is, it stands behind one function, `segment_frames`.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, parse_prompt, resolve_env_id, task_row
+
+
+@dataclass
+class Args:
+    env: str = "walker_walk"
+    """the task; `python envs.py` lists them"""
+    prompt: str | None = None
+    """what belongs to the task, in plain English; by default the task's own prompt"""
+    segmenter: Literal["sim"] = "sim"
+    """who turns frames and prompt into masks; sim: the simulator's segmentation by vocabulary look-up (privileged)"""
+    seed: int = 1
+    """seeds the frames, the network and the batches"""
+    frames: int | None = None
+    """clean frames to train on; by default 5,000, fewer on tasks that render slowly"""
+    test_frames: int = 500
+    """frames that training never sees, for the IoU figures"""
+    steps: int = 3000
+    """gradient steps"""
+    batch_size: int = 64
+    """frames per gradient step"""
+    learning_rate: float = 2e-3
+    """Adam's peak learning rate; it warms up and decays to zero (one cycle)"""
+    reconstruction_coef: float = 0.0
+    """weight of the masked reconstruction ‖ψ(o)⊙o − m*⊙o‖² beside the cross-entropy (the page's Figure 1 names it; our reading)"""
+    distractors: str | None = None
+    """folder with DMControl-GB's video_easy/ and video_hard/, only to report IoU on; or set TALAS_DISTRACTORS"""
+    overlay: str | None = None
+    """folder of photographs, only to report IoU on; or set TALAS_OVERLAY; synthetic images without one"""
+    overlay_images: int = 5000
+    """how many photographs to sample from the folder"""
+    output: str | None = None
+    """where the teacher and its frames go; by default runs/maskers/<env>"""
+    exp_name: str = "phase1"
+    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto"""
+    torch_deterministic: bool = True
+    """use deterministic kernels where torch has them"""
+
+
+# ------------------------------------------------------------------------------------------------------------ the masker
+class Masker(nn.Module):
+    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. A U-Net after a pixel_unshuffle.
+
+    Convolutions at 84×84 would cost as much as the agent's encoder. Folding 2×2 pixels into channels keeps every pixel and works on a
+    quarter of the positions; two more halvings give the field of view that tells a robot from a picture of a room.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (24, 48, 64)):
+        super().__init__()
+        fine, middle, coarse = widths
+        self.stem = nn.Conv2d(12, fine, 3, padding=1)  # 84×84×3 unshuffled to 42×42×12
+        self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
+        self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
+        self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
+        self.conv2 = nn.Conv2d(coarse, coarse, 3, padding=1)
+        self.up2 = nn.Conv2d(coarse, middle, 1)
+        self.fuse1 = nn.Conv2d(middle, middle, 3, padding=1)
+        self.up1 = nn.Conv2d(middle, fine, 1)
+        self.fuse0 = nn.Conv2d(fine, fine, 3, padding=1)
+        self.head = nn.Conv2d(fine, 4, 3, padding=1)  # four logits a position, shuffled back to 84×84
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) frames in [0, 255], H and W even -> (N, H, W) logits."""
+        fine = F.relu(self.stem(F.pixel_unshuffle(frames / 255 - 0.5, 2)))
+        middle = F.relu(self.conv1(F.relu(self.down1(fine))))
+        coarse = F.relu(self.down2(middle))
+        coarse = coarse + F.relu(self.conv2(coarse))
+        middle = F.relu(self.fuse1(middle + F.interpolate(self.up2(coarse), size=middle.shape[-2:])))
+        fine = F.relu(self.fuse0(fine + F.interpolate(self.up1(middle), size=fine.shape[-2:])))
+        return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
+
+
+def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor, reconstruction_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """BCE(ψ(o), m*) and ‖ψ(o)⊙o − m*⊙o‖² (mean over pixels, o in [0, 1]); logits, target (N, H, W); frames (N, 3, H, W) in [0, 255]."""
+    bce = F.binary_cross_entropy_with_logits(logits, target)
+    if not reconstruction_coef:
+        return bce, torch.zeros_like(bce)
+    reconstruction = ((logits.sigmoid() - target).unsqueeze(1) * frames / 255).square().mean()
+    return bce, reconstruction
+
+
+# ------------------------------------------------------------------------------------------------------------ the frames
+def visit_states(env: TalasEnv, kind: Literal["spread", "random", "good"], n: int, rng: np.random.Generator):
+    """Bring the simulation, n times, into a state to be looked at, and yield. Nothing is rendered here.
+
+    A random policy shows a masker only what a random policy sees: a pole that hangs, a walker that lies. So half of what it learns from are
+    `spread` states, from anywhere in the joints' ranges, settled for a few control steps. `good` states, for tests, are a good policy's.
+    """
+    task = env.task
+    for i in range(n):
+        if kind == "random":
+            if i % 50 == 0 or env.below_ground:
+                task.reset(rng)
+                action, held = rng.uniform(-1, 1, task.action_size), rng.choice([0.0, 0.8, 0.95])  # fresh noise, or pushes that get somewhere
+            for _ in range(rng.integers(1, 5) * env.repeat):  # neighbouring steps look alike, and physics is cheap beside rendering
+                if rng.random() >= held:
+                    action = rng.uniform(-1, 1, task.action_size)
+                task.step(action)
+        else:
+            getattr(task, kind)(rng)
+            for _ in range(rng.integers(0, 6)):
+                task.step(task.hold())
+        yield
+
+
+def segment_frames(env: TalasEnv, prompt: str) -> np.ndarray:
+    """(H, W) bool: the mask m* of the frame just rendered. The seam: another segmenter maps frames and a prompt to masks here."""
+    return env.segment(prompt)
+
+
+def collect(args: Args, env: TalasEnv, prompt: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """n clean frames (n, 3, H, W) uint8, half of them spread, half from random policies, and their masks (n, H, W) bool."""
+    rng = np.random.default_rng([args.seed, 0])
+    frames, masks = np.empty((n, 3, env.size, env.size), np.uint8), np.empty((n, env.size, env.size), bool)
+    bar = tqdm(total=n, desc="collect clean frames", unit="frame", mininterval=1 if sys.stderr.isatty() else 15)
+    for kind, count in (("spread", n // 2), ("random", n - n // 2)):
+        start = bar.n
+        for i, _ in enumerate(visit_states(env, kind, count, rng), start):
+            frames[i] = env.render().transpose(2, 0, 1)
+            masks[i] = segment_frames(env, prompt)
+            bar.update()
+    bar.close()
+    if not masks.any():
+        raise UserError(f"--prompt {prompt!r}: not one pixel of {n} frames shows it")
+    return frames, masks
+
+
+def collect_tests(args: Args, env: TalasEnv, prompt: str, photos: torch.Tensor) -> dict[str, np.ndarray]:
+    """The same unseen states under every setting at hand: {"masks": (n, H, W) bool, "clean": (n, 3, H, W) uint8, "overlay": ..., "procedural": ...}.
+
+    Half spread, a quarter random, a quarter as a good policy would have them. `photos` are held out from Phase II's training.
+    """
+    n, settings = args.test_frames, ["procedural"]
+    if args.distractors or os.environ.get("TALAS_DISTRACTORS"):
+        settings += ["video_easy", "video_hard"]
+    others = {setting: make_env(args.env, setting, args.seed, distractors=args.distractors) for setting in settings}
+    rng = np.random.default_rng([args.seed, 1])
+    tests = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", "overlay", *settings)}
+    tests["masks"] = np.empty((n, env.size, env.size), bool)
+    bar = tqdm(total=n, desc="collect test frames", unit="frame", mininterval=1 if sys.stderr.isatty() else 15)
+    for kind, count in (("spread", n - n // 2), ("random", n // 4), ("good", n // 2 - n // 4)):
+        start = bar.n
+        for i, _ in enumerate(visit_states(env, kind, count, rng), start):
+            tests["clean"][i] = env.render().transpose(2, 0, 1)
+            tests["masks"][i] = segment_frames(env, prompt)
+            for setting, other in others.items():
+                if i % 25 == 0:  # a new background
+                    other.reset(options={"episode": i // 25})
+                tests[setting][i] = other.show(env.get_state(), int(rng.integers(other.episode_steps))).transpose(2, 0, 1)
+            bar.update()
+    bar.close()
+    for other in others.values():
+        other.close()
+    tests["overlay"][:] = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
+    return tests
+
+
+# ------------------------------------------------------------------------------------------------------------ the report
+@torch.no_grad()
+def predict(masker: Masker, frames: np.ndarray, device: torch.device) -> np.ndarray:
+    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches."""
+    return np.concatenate([masker(torch.from_numpy(frames[i : i + 100]).to(device)).sigmoid().cpu().numpy() for i in range(0, len(frames), 100)])
+
+
+def evaluate(masker: Masker, tests: dict[str, np.ndarray], device: torch.device) -> dict[str, float]:
+    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}."""
+    figures = {}
+    for key in tests:
+        if key != "masks":
+            pred = predict(masker, tests[key], device) > 0.5
+            figures |= {f"iou/{key}": float(mask_iou(pred, tests["masks"]).mean()), f"iou_1px/{key}": float(mask_iou(pred, tests["masks"], 1).mean())}
+    return figures
+
+
+def print_figures(figures: dict[str, float]) -> None:
+    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
+    for key in (key for key in figures if key.startswith("iou/")):
+        print(f"{key[4:]:<14}{figures[key]:>8.3f}{figures[key.replace('iou', 'iou_1px')]:>10.3f}")
+
+
+def draw_sheet(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, path: Path) -> None:
+    """A PNG to look at: per row a setting, the frame and what the masker keeps of it, for test states of each kind."""
+    n = len(tests["masks"])
+    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
+    rows = []
+    for key in tests:
+        if key != "masks":
+            frames = tests[key][chosen]
+            kept = (frames * (predict(masker, frames, device) > 0.5)[:, None]).astype(np.uint8)
+            rows.append(np.concatenate([np.concatenate([f, k], axis=2) for f, k in zip(frames, kept, strict=True)], axis=2))
+    sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
+    cv2.imwrite(str(path), cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+
+
+def save_atomically(write, path: Path) -> None:
+    """Write under a temporary name, then rename: nobody ever finds half a file under the final name."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # keeps the suffix, which numpy insists on
+    write(temporary)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+def main(args: Args) -> None:
+    started = time.time()
+    args.env = resolve_env_id(args.env)
+    prompt = args.prompt or task_row(args.env).prompt
+    parse_prompt(prompt)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    random.seed(args.seed)
+    np.random.seed(args.seed)  # noqa: NPY002 - for what libraries draw; this file has generators of its own
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+
+    output = Path(args.output or f"runs/maskers/{args.env}")
+    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    env = make_env(args.env, "train", args.seed)
+    env.reset()
+    env.segment(prompt)  # a phrase that the task does not know is an error before anything is written
+    photos = load_photographs(args.overlay, args.overlay_images, args.seed)[::10]  # every tenth is held out for tests, here and in Phase II
+    output.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    writer = SummaryWriter(run)
+
+    n = args.frames or task_row(args.env).mask_frames
+    print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
+    frames, masks = collect(args, env, prompt, n)
+    tests = collect_tests(args, env, prompt, photos)
+    env.close()
+    arrays = {"train_frames": frames, "train_masks": np.packbits(masks), **{f"test_{key}": value for key, value in tests.items()}}
+    save_atomically(lambda path: np.savez(path, **arrays), output / "frames.npz")
+
+    # ---- the teacher
+    masker = Masker().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(masker.parameters(), lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1)
+    frames_t, masks_t = torch.from_numpy(frames), torch.from_numpy(masks)
+    bar = tqdm(range(args.steps), desc="train the teacher", unit="step", mininterval=1 if sys.stderr.isatty() else 15)
+    for step in bar:
+        batch = torch.randint(n, (args.batch_size,))
+        obs, target = frames_t[batch].to(device, memory_format=torch.channels_last), masks_t[batch].to(device).float()  # (B, 3, H, W), (B, H, W)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = masker(obs)
+        bce, reconstruction = masker_loss(logits.float(), target, obs, args.reconstruction_coef)
+        loss = bce + args.reconstruction_coef * reconstruction
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == args.steps - 1:
+            writer.add_scalar("losses/bce", bce.item(), step)
+            writer.add_scalar("losses/reconstruction", reconstruction.item(), step)
+            bar.set_postfix(bce=f"{bce.item():.4f}", refresh=False)
+
+    # ---- what came of it
+    figures = evaluate(masker, tests, device)
+    for key, value in figures.items():
+        writer.add_scalar(key, value, args.steps)
+    writer.close()
+    print_figures(figures)
+    figures |= {"frames": n, "test_frames": args.test_frames, "train/updates": args.steps, "mask_pixels": float(masks.sum((1, 2)).mean())}
+    figures |= {"seconds": round(time.time() - started, 1)}
+    (run / "metrics.json").write_text(json.dumps(figures, indent=2))
+    draw_sheet(masker, tests, device, run / "masks.png")
+    checkpoint = {
+        "version": 1,
+        "kind": "teacher",
+        "env_id": args.env,
+        "image_size": frames.shape[-1],
+        "prompt": prompt,
+        "state_dict": masker.cpu().state_dict(),
+    }
+    save_atomically(lambda path: torch.save(checkpoint, path), output / "teacher.pt")
+    print(f"\nwritten: {output}/teacher.pt, {output}/frames.npz, {run}/metrics.json, {run}/masks.png (look at it)")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,239 @@
+"""TaLaS, Phase II: the augmentation-consistent student.
+
+The teacher ψ_T knows clean frames only: before a video it fails. The student ψ_S, the same network started from the teacher's weights, sees
+strongly augmented frames τ(o) and must give the teacher's mask of the clean frame o:
+
+    min  BCE(ψ_S(τ(o)), ψ_T(o))          the teacher is frozen, and no segmentation model is in sight any more
+
+    in    runs/maskers/<env>/teacher.pt and frames.npz, from Phase I
+    out   runs/maskers/<env>/student.pt, the masker that the agent carries, and a run folder with curves, figures and a picture
+
+    python talas_phase2.py --env walker_walk
+"""
+
+import json
+import os
+import random
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import Augmentation, UserError, augment, load_photographs, mask_iou, resolve_env_id
+
+
+@dataclass
+class Args:
+    env: str = "walker_walk"
+    """the task; `python envs.py` lists them"""
+    seed: int = 1
+    """seeds the photographs, the batches and the augmentation"""
+    augmentation: Augmentation = "mix"
+    """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, pasted on a photograph; mix: 10% clean, 40% overlay, 50% swap"""
+    steps: int = 3500
+    """gradient steps"""
+    batch_size: int = 64
+    """frames per gradient step"""
+    learning_rate: float = 2e-3
+    """Adam's peak learning rate; it warms up and decays to zero (one cycle)"""
+    shift: int = 4
+    """random shift of frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)"""
+    overlay: str | None = None
+    """folder of photographs (Places365 in the paper), searched recursively; or set TALAS_OVERLAY; synthetic images without one"""
+    overlay_images: int = 5000
+    """how many photographs to sample from the folder"""
+    maskers: str | None = None
+    """where the teacher and its frames lie and the student goes; by default runs/maskers/<env>"""
+    exp_name: str = "phase2"
+    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ... or auto"""
+    torch_deterministic: bool = True
+    """use deterministic kernels where torch has them"""
+
+
+# ------------------------------------------------------------------------------------------------------------ the masker
+class Masker(nn.Module):
+    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. The network of talas_phase1.py, which explains it."""
+
+    def __init__(self, widths: tuple[int, int, int] = (24, 48, 64)):
+        super().__init__()
+        fine, middle, coarse = widths
+        self.stem = nn.Conv2d(12, fine, 3, padding=1)  # 84×84×3 unshuffled to 42×42×12
+        self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
+        self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
+        self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
+        self.conv2 = nn.Conv2d(coarse, coarse, 3, padding=1)
+        self.up2 = nn.Conv2d(coarse, middle, 1)
+        self.fuse1 = nn.Conv2d(middle, middle, 3, padding=1)
+        self.up1 = nn.Conv2d(middle, fine, 1)
+        self.fuse0 = nn.Conv2d(fine, fine, 3, padding=1)
+        self.head = nn.Conv2d(fine, 4, 3, padding=1)  # four logits a position, shuffled back to 84×84
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) frames in [0, 255], H and W even -> (N, H, W) logits."""
+        fine = F.relu(self.stem(F.pixel_unshuffle(frames / 255 - 0.5, 2)))
+        middle = F.relu(self.conv1(F.relu(self.down1(fine))))
+        coarse = F.relu(self.down2(middle))
+        coarse = coarse + F.relu(self.conv2(coarse))
+        middle = F.relu(self.fuse1(middle + F.interpolate(self.up2(coarse), size=middle.shape[-2:])))
+        fine = F.relu(self.fuse0(fine + F.interpolate(self.up1(middle), size=fine.shape[-2:])))
+        return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
+
+
+def random_shift(frames: torch.Tensor, masks: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift each frame and its mask by the same random offset of at most `pad` pixels, edges repeated. (B, 3, H, W), (B, H, W), dtypes kept."""
+    batch, _, height, width = frames.shape
+    both = F.pad(torch.cat([frames, masks.unsqueeze(1)], 1), (pad,) * 4, mode="replicate")
+    rows = torch.randint(2 * pad + 1, (batch, 1, 1)) + torch.arange(height)[:, None]  # (B, H, 1)
+    cols = torch.randint(2 * pad + 1, (batch, 1, 1)) + torch.arange(width)  # (B, 1, W)
+    both = both.permute(0, 2, 3, 1)[torch.arange(batch)[:, None, None], rows.to(both.device), cols.to(both.device)].permute(0, 3, 1, 2)
+    return both[:, :3], both[:, 3]
+
+
+def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
+    """The teacher, frozen, and its checkpoint. Raises UserError if there is none or it was made for another task."""
+    if not path.is_file():
+        raise UserError(f"{path}: no teacher there; run `python talas_phase1.py --env {env_id}` first")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["env_id"] != env_id:
+            raise UserError(f"{path} was made for {checkpoint['env_id']}, not for {env_id}")
+        teacher = Masker()
+        teacher.load_state_dict(checkpoint["state_dict"])
+    except UserError:
+        raise
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"{path}: not a masker of Phase I ({type(error).__name__})") from None
+    return teacher.requires_grad_(False).eval(), checkpoint
+
+
+# ------------------------------------------------------------------------------------------------------------ the report
+@torch.no_grad()
+def predict(masker: Masker, frames: np.ndarray, device: torch.device) -> np.ndarray:
+    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches."""
+    return np.concatenate([masker(torch.from_numpy(frames[i : i + 100]).to(device)).sigmoid().cpu().numpy() for i in range(0, len(frames), 100)])
+
+
+def evaluate(masker: Masker, tests: dict[str, np.ndarray], device: torch.device) -> dict[str, float]:
+    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}."""
+    figures = {}
+    for key in tests:
+        if key != "masks":
+            pred = predict(masker, tests[key], device) > 0.5
+            figures |= {f"iou/{key}": float(mask_iou(pred, tests["masks"]).mean()), f"iou_1px/{key}": float(mask_iou(pred, tests["masks"], 1).mean())}
+    return figures
+
+
+def print_figures(figures: dict[str, float]) -> None:
+    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
+    for key in (key for key in figures if key.startswith("iou/")):
+        print(f"{key[4:]:<14}{figures[key]:>8.3f}{figures[key.replace('iou', 'iou_1px')]:>10.3f}")
+
+
+def draw_sheet(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, path: Path) -> None:
+    """A PNG to look at: per row a setting, the frame and what the masker keeps of it, for test states of each kind."""
+    n = len(tests["masks"])
+    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
+    rows = []
+    for key in tests:
+        if key != "masks":
+            frames = tests[key][chosen]
+            kept = (frames * (predict(masker, frames, device) > 0.5)[:, None]).astype(np.uint8)
+            rows.append(np.concatenate([np.concatenate([f, k], axis=2) for f, k in zip(frames, kept, strict=True)], axis=2))
+    sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
+    cv2.imwrite(str(path), cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+
+
+def save_atomically(write, path: Path) -> None:
+    """Write under a temporary name, then rename: nobody ever finds half a file under the final name."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+def main(args: Args) -> None:
+    started = time.time()
+    args.env = resolve_env_id(args.env)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    random.seed(args.seed)
+    np.random.seed(args.seed)  # noqa: NPY002 - for what libraries draw; this file has generators of its own
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+
+    folder = Path(args.maskers or f"runs/maskers/{args.env}")
+    teacher, checkpoint = load_teacher(folder / "teacher.pt", args.env)
+    try:
+        with np.load(folder / "frames.npz", allow_pickle=False) as archive:
+            frames, tests = archive["train_frames"], {key[5:]: archive[key] for key in archive.files if key.startswith("test_")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{folder}/frames.npz: cannot be read ({error}); run Phase I again") from None
+    photos = load_photographs(args.overlay, args.overlay_images, args.seed)
+    photos = photos[torch.arange(len(photos)) % 10 != 0].to(device)  # every tenth is held out for the overlay test, as in Phase I
+    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    writer = SummaryWriter(run)
+
+    print(f"Phase II on {args.env}: {len(frames):,} frames, augmentation {args.augmentation}", flush=True)
+    teacher.to(device, memory_format=torch.channels_last)
+    # ψ_T(o) once for every clean frame: neither the frames nor the frozen teacher change. Bytes, so that 5,000 masks are 35 MB.
+    masks_t = torch.from_numpy((predict(teacher, frames, device) * 255).round().astype(np.uint8))  # (N, H, W)
+    frames_t = torch.from_numpy(frames)  # (N, 3, H, W) uint8
+    student = Masker()
+    student.load_state_dict(checkpoint["state_dict"])
+    student.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1)
+    bar = tqdm(range(args.steps), desc="train the student", unit="step", mininterval=1 if sys.stderr.isatty() else 15)
+    for step in bar:
+        batch = torch.randint(len(frames), (args.batch_size,))
+        obs, target = random_shift(frames_t[batch].to(device), masks_t[batch].to(device), args.shift)
+        target = target / 255  # (B, H, W): ψ_T(o)
+        augmented = augment(obs, target.unsqueeze(1), photos, args.augmentation)  # τ(o)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = student(augmented.contiguous(memory_format=torch.channels_last))
+        loss = F.binary_cross_entropy_with_logits(logits.float(), target)  # BCE(ψ_S(τ(o)), ψ_T(o))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == args.steps - 1:
+            writer.add_scalar("losses/bce", loss.item(), step)
+            bar.set_postfix(bce=f"{loss.item():.4f}", refresh=False)
+        if step % 1000 == 0:
+            shown = torch.cat([augmented[:8] / 255, (logits[:8].sigmoid().float().unsqueeze(1) * augmented[:8] / 255)], 3)
+            writer.add_images("views/augmented_and_kept", shown.clamp(0, 1), step)
+
+    # ---- what came of it
+    figures = evaluate(student, tests, device)
+    for key, value in figures.items():
+        writer.add_scalar(key, value, args.steps)
+    writer.close()
+    print_figures(figures)
+    teacher_figures = {f"teacher_{key}": value for key, value in evaluate(teacher, tests, device).items()}
+    print(f"(the teacher: {teacher_figures['teacher_iou/clean']:.3f} clean, {teacher_figures['teacher_iou/procedural']:.3f} procedural)")
+    figures |= teacher_figures | {"train/updates": args.steps, "seconds": round(time.time() - started, 1)}
+    (run / "metrics.json").write_text(json.dumps(figures, indent=2))
+    draw_sheet(student, tests, device, run / "masks.png")
+    checkpoint |= {"kind": "student", "augmentation": args.augmentation, "state_dict": student.cpu().state_dict()}
+    save_atomically(lambda path: torch.save(checkpoint, path), folder / "student.pt")
+    print(f"\nwritten: {folder}/student.pt, {run}/metrics.json, {run}/masks.png (look at it)")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")
