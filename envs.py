@@ -15,6 +15,7 @@ augmentations that Phase II and the agent train with.
 import contextlib
 import difflib
 import fnmatch
+import io
 import os
 import re
 import sys
@@ -48,6 +49,7 @@ from dm_control import suite
 from dm_control.suite import common
 from dm_control.suite.utils.randomizers import randomize_limited_and_rotational_joints
 from dm_control.utils import rewards
+from scipy.spatial.transform import Rotation
 
 Setting = Literal["train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural"]
 SETTINGS: tuple[Setting, ...] = ("train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural")
@@ -68,9 +70,7 @@ class Task:
     camera: int | str
     prompt: str  # the default prompt of Phase I
     mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow
-    vocabulary: dict[str, str] = field(
-        default_factory=dict
-    )  # phrase -> names of bodies, geoms, sites, tendons (* and ?; "hand+": all that hangs on it)
+    vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model, see TalasEnv._lookup
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)  # ranges of the joints that have none, for mask training
     hold: int = 0  # control steps for which the goal has to hold in an episode that counts as a success (Adroit)
     good: dict[str, tuple[float, float]] = field(default_factory=dict)  # joint ranges that a good policy keeps to, for mask tests
@@ -136,11 +136,13 @@ def task_row(env_id: str) -> Task:
 # A loader is a simulated task without pixels: `model`, `data`, `action_size`, `sky` and `ground` (texture names), and the
 # methods of SuiteTask below. Randomness comes from the generator that is handed in and from nowhere else.
 class Textured:
-    """What the settings do to a scene that has a sky and a ground texture."""
+    """What the suite and the A1 have in common: a sky and a ground texture, no proprioception, and robots to be put on the ground."""
 
     model: mujoco.MjModel
+    data: mujoco.MjData
     textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
     ground: str  # the ground's texture; the sky's is "skybox" everywhere
+    action_size: int
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         """Paint the sky, or sky and ground, black: colours, marks and the haze at the horizon. Reflections in the ground stay, as in RL-ViGen."""
@@ -155,6 +157,20 @@ class Textured:
         drawn = self.textures.compile()
         for name in ("skybox", self.ground):
             texture(self.model, name)[:] = texture(drawn, name)
+
+    def hold(self) -> np.ndarray:
+        """The action to settle a state with."""
+        return np.zeros(self.action_size)
+
+    def proprio(self) -> np.ndarray:
+        return np.zeros(0, np.float32)
+
+    def lowest(self) -> float:
+        """The height (m) of the robot's lowest point: over its geoms' boxes (centre, half sizes), along the world's z."""
+        mujoco.mj_kinematics(self.model, self.data)
+        robot = np.flatnonzero(self.model.geom_bodyid > 0)
+        up, box = self.data.geom_xmat[robot, 6:], self.model.geom_aabb[robot]
+        return float(np.min(self.data.geom_xpos[robot, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1)))
 
 
 class SuiteTask(Textured):
@@ -182,46 +198,26 @@ class SuiteTask(Textured):
         timestep = self.env.step(self.low + (action + 1) / 2 * (self.high - self.low))
         return float(timestep.reward or 0), timestep.discount == 0, {}
 
-    def hold(self) -> np.ndarray:
-        """The action to settle a state with."""
-        return np.zeros(self.action_size)
-
-    def proprio(self) -> np.ndarray:
-        return np.zeros(0, np.float32)
-
     def spread(self, rng: np.random.Generator) -> None:
         """A state from anywhere in the joints' ranges, any root pose: what a random policy never shows a masker."""
-        self.reset(rng)
-        with self.physics.reset_context():
-            randomize_limited_and_rotational_joints(self.physics, self.env.task.random)
-            self._pose(rng, self.row.spread)
-            self._lift(rng.uniform(0, 0.3))
+        self._pose(rng, self.row.spread, gap=rng.uniform(0, 0.3), everywhere=True)
 
     def good(self, rng: np.random.Generator) -> None:
         """A state that a good policy visits: upright walker, upright pole, ball in the cup."""
+        self._pose(rng, self.row.good, gap=0, everywhere=False)
+
+    def _pose(self, rng: np.random.Generator, ranges: dict[str, tuple[float, float]], gap: float, everywhere: bool) -> None:
+        """Joints at random in `ranges`, the others in their own (everywhere) or at rest; a walking robot's lowest point `gap` (m) above the ground."""
         self.reset(rng)
-        if self.row.good:
-            with self.physics.reset_context():
+        with self.physics.reset_context():
+            if everywhere:
+                randomize_limited_and_rotational_joints(self.physics, self.env.task.random)
+            elif ranges:
                 self.data.qpos[:] = self.model.qpos0
-                self._pose(rng, self.row.good)
-                self._lift(0)
-
-    def _pose(self, rng: np.random.Generator, ranges: dict[str, tuple[float, float]]) -> None:
-        for joint, span in ranges.items():
-            self.physics.named.data.qpos[joint] = rng.uniform(*span)
-
-    def _lift(self, gap: float) -> None:
-        """Put a walking robot's lowest point `gap` metres above the ground."""
-        roots = [j for j in range(self.model.njnt) if self.model.joint(j).name == "rootz"]
-        if roots:
-            mujoco.mj_kinematics(self.model, self.data)
-            geoms = [g for g in range(self.model.ngeom) if self.model.geom_bodyid[g] > 0]
-            self.data.qpos[self.model.jnt_qposadr[roots[0]]] += gap - min(self._lowest(g) for g in geoms)
-
-    def _lowest(self, g: int) -> float:
-        """The lowest point of capsule `g` (all that these robots are made of): its lower end, less the radius."""
-        radius, half = self.model.geom_size[g][:2]
-        return self.data.geom_xpos[g][2] - abs(self.data.geom_xmat[g][8]) * half - radius
+            for joint, span in ranges.items():
+                self.physics.named.data.qpos[joint] = rng.uniform(*span)
+            if mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_JOINT, "rootz") >= 0:
+                self.physics.named.data.qpos["rootz"] += gap - self.lowest()
 
 
 # RL-ViGen's A1. Position targets (rad) per leg (abduction, hip, knee), legs FR, FL, RR, RL; the walk's reference targets q0; the stand's start.
@@ -267,7 +263,6 @@ class UnitreeTask(Textured):
         self.textures, self.model = spec, spec.compile()
         self.data = mujoco.MjData(self.model)
         self.low, self.high = self.model.actuator_ctrlrange.T.copy()
-        self.robot = np.flatnonzero(self.model.geom_bodyid > 0)
         self.reset(np.random.default_rng(0))
 
     @staticmethod
@@ -318,9 +313,6 @@ class UnitreeTask(Textured):
     def hold(self) -> np.ndarray:
         return 2 * (self.data.ctrl - self.low) / (self.high - self.low) - 1  # the present targets, in [-1, 1]
 
-    def proprio(self) -> np.ndarray:
-        return np.zeros(0, np.float32)
-
     def spread(self, rng: np.random.Generator) -> None:
         """Joints over their whole ranges; half the robots upright, the others tumbled or on the back."""
         low, high = self.model.jnt_range[1:].T
@@ -331,34 +323,36 @@ class UnitreeTask(Textured):
                 return
 
     def good(self, rng: np.random.Generator) -> None:
-        """Upright at 0.30 to 0.38 m, diagonal legs together when walking."""
+        """On its feet at 0.25 to 0.38 m, diagonal legs at different points of a stride."""
         phase = rng.uniform(0, 2 * np.pi) + np.array([0, np.pi, np.pi, 0])
-        stride, lift = (rng.uniform(0.03, 0.1), rng.uniform(0.02, 0.07)) if self.walk else (0.0, 0.0)
-        x = stride * np.cos(phase) + rng.normal(0, 0.02, 4)  # each foot from its hip, forward and down (m)
-        z = np.clip(rng.uniform(0.28, 0.36) - lift * np.maximum(np.sin(phase), 0), 0.15, None)
-        knee = np.clip(-2 * np.arccos(np.clip(np.hypot(x, z) / 0.4, 0, 1)), *self.model.jnt_range[3])  # two links of 0.2 m
-        self._place(rng, np.stack([rng.normal(0, 0.08, 4), np.arctan2(-x, z) - knee / 2, knee], 1).ravel(), tilt=0.04, roll=0.0, clearance=0.0)
+        knee = -rng.uniform(0.92, 1.8) - 0.3 * np.maximum(np.sin(phase), 0)  # the thigh makes up for half of it, so that the foot is under the hip
+        joints = np.stack([rng.normal(0, 0.08, 4), -knee / 2 + 0.25 * np.cos(phase) + rng.normal(0, 0.05, 4), knee], 1)
+        self._place(rng, joints.ravel(), tilt=0.04, roll=0.0, clearance=0.0)
 
     def _place(self, rng: np.random.Generator, joints: np.ndarray, tilt: float, roll: float, clearance: float) -> None:
         """These leg joints; the root where an episode can get, any yaw, a random tilt (rad), its lowest point `clearance` (m) above the ground."""
         mujoco.mj_resetData(self.model, self.data)
-        quat, data = np.zeros(4), self.data
-        mujoco.mju_euler2Quat(quat, np.array([rng.uniform(-np.pi, np.pi), rng.normal(0, tilt), roll + rng.normal(0, tilt)]), "zyx")
-        data.qpos[:] = *(rng.uniform(-2, 10 if self.walk else 2), rng.uniform(-2, 2), 0), *quat, *joints  # at x = 10 m the light is dimmer
-        mujoco.mj_kinematics(self.model, data)
-        up, box = data.geom_xmat[self.robot, 6:], self.model.geom_aabb[self.robot]  # each geom's box (centre, half sizes) along the world's z
-        data.qpos[2] = clearance - np.min(data.geom_xpos[self.robot, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1))
-        data.ctrl[:] = np.clip(joints, self.low, self.high)
-        mujoco.mj_forward(self.model, data)
+        turn = Rotation.from_euler("ZYX", [rng.uniform(-np.pi, np.pi), rng.normal(0, tilt), roll + rng.normal(0, tilt)])
+        place = rng.uniform(-2, 10 if self.walk else 2), rng.uniform(-2, 2), 0  # at x = 10 m, where a walk can get, the light is dimmer
+        self.data.qpos[:] = *place, *turn.as_quat(scalar_first=True), *joints
+        self.data.qpos[2] = clearance - self.lowest()
+        self.data.ctrl[:] = np.clip(joints, self.low, self.high)
+        mujoco.mj_forward(self.model, self.data)
 
 
 # Adroit: where the 24 hand joints start in qpos; VRL3's divisor of the dense reward; the camera's position and Euler angles (pen, door and hammer
 # the benchmark's, relocate ours: from the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
 _ADROIT: dict[str, dict[str, Any]] = {
-    "pen": {"hand": 0, "scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
-    "door": {"hand": 4, "scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle")},
-    "hammer": {"hand": 2, "scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object")},
-    "relocate": {"hand": 6, "scale": 30, "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)), "palm_to": ("body", "Object")},
+    "pen": {"hand": 0, "scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None, "goal": ("S_grasp", "S_grasp")},
+    "door": {"hand": 4, "scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle"), "goal": ("S_grasp", "S_handle")},
+    "hammer": {"hand": 2, "scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object"), "goal": ("tool", "S_target")},
+    "relocate": {
+        "hand": 6,
+        "scale": 30,
+        "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)),
+        "palm_to": ("body", "Object"),
+        "goal": ("S_grasp", "target"),
+    },
 }
 
 
@@ -366,11 +360,11 @@ class AdroitTask:
     """A task of gymnasium-robotics' Adroit hand, with the benchmark's camera and a corrected reward."""
 
     def __init__(self, env_id: str, row: Task, reward: str = "dense"):
-        import gymnasium_robotics  # here, because it takes a second that no other task should wait for
-
+        with contextlib.redirect_stderr(io.StringIO()):  # on import it prints that v1's dense rewards changed: see step
+            import gymnasium_robotics  # here, because it takes a second that no other task should wait for
         gym.register_envs(gymnasium_robotics)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that v1's dense rewards have a fault: see step
+            warnings.simplefilter("ignore")
             self.env = gym.make(f"AdroitHand{env_id.title()}-v1", reward_type=reward).unwrapped
         self.env_id, self.dense, self.spec = env_id, reward == "dense", _ADROIT[env_id]
         self.model, self.data, self.action_size = self.env.model, self.env.data, self.env.model.nu
@@ -425,74 +419,54 @@ class AdroitTask:
         for _ in range(50):  # until nothing is stuck inside anything else
             self._uniform(rng, self.arm, 1)
             self._uniform(rng, self.hand, rng.uniform(0.2, 1))
-            if self.env_id == "door":
-                self.data.qpos[-2:] = rng.uniform(0, 1.57) * (rng.random() < 0.8), rng.uniform(0, 1.8)  # hinge, latch
-            else:
-                if self.env_id == "hammer":
-                    self.data.qpos[-7] = rng.uniform(0, 0.09)  # the nail
-                where = rng.choice(["hand", "hand", "air", "table"])
-                if where == "hand":
-                    self._put(self._palm((0.007, -0.05, 0.07) + 0.03 * rng.standard_normal(3))[0], _matrix(rng.standard_normal(4)))
-                elif where == "air":
-                    self._put(rng.uniform((-0.2, -0.35, 0.1), (0.2, 0.2, 0.4)), _matrix(rng.standard_normal(4)))
-                else:  # flat, turned about the vertical
-                    turn = rng.uniform(0, np.pi)
-                    flat = _matrix((np.cos(turn), 0, 0, np.sin(turn))) @ _matrix(self.model.body("Object").quat)
-                    self._put(rng.uniform((-0.2, -0.35, 0.036), (0.2, 0.2, 0.04)), flat)
+            self._scatter(rng, rng.choice(["hand", "hand", "air", "table"]))
             if self._clear():
                 break
         self._aim_motors()
 
     def good(self, rng: np.random.Generator) -> None:
-        """The object gripped near its goal, the hand on the door's handle; or, at times, the hand reaching for them."""
+        """The object gripped near its goal, or the hand on the door's handle: of sixty random arms and wrists, one that is near."""
         self.reset(rng)
-        data, reaching, candidates = self.data, rng.random() < 0.3, []
-        if self.env_id == "door" and not reaching:
-            data.qpos[-2:] = rng.uniform(0, 1.4), rng.uniform(0, 1.5)
-        if self.env_id == "hammer":
-            data.qpos[-7] = rng.uniform(0, 0.09) * (rng.random() < 0.5)
-        start, way = data.qpos.copy(), rng.uniform(0.2, 1) ** 0.5
-        for _ in range(60):  # of sixty random arms and wrists, one whose object, or hand, is near to where it should be
-            data.qpos[:] = start
+        start, candidates = self.data.qpos.copy(), []
+        for _ in range(60):
+            self.data.qpos[:] = start
             self._uniform(rng, np.arange(len(self.arm) + 2), 0.3 if self.env_id == "pen" else 1)
-            offset = (0.007, -0.05, 0.075) + 0.004 * rng.standard_normal(3)  # the middle of a fist
-            place, axes = self._palm(offset)
-            distance = 0.0
-            if self.env_id == "pen":  # within some 15 degrees of the target's orientation
-                self._put(place, _matrix((1, 0, 0, 0) + 0.13 * rng.standard_normal(4)) @ data.body("target").xmat.reshape(3, 3))
-            elif self.env_id == "door":
-                distance = np.linalg.norm(place - data.site("S_handle").xpos)
-            elif reaching:
-                distance = np.linalg.norm(place - data.body("Object").xpos)
-            elif self.env_id == "relocate":  # on the way from the table's middle to the target
-                self._put(place, _matrix(rng.standard_normal(4)))
-                distance = np.linalg.norm(place - way * data.site("target").xpos - (1 - way) * np.array((0, 0, 0.08)))
-            else:  # the hammer's head past the thumb, its face to the fingertips
-                turn = rng.uniform(-0.3, 0.3)
-                grip = axes @ _matrix((np.cos(turn), 0, np.sin(turn), 0)) @ np.diag((-1.0, 1.0, -1.0))
-                self._put(self._palm(offset + (0, 0.012, 0))[0], grip)
-                mujoco.mj_kinematics(self.model, data)
-                distance = np.linalg.norm(data.site("tool").xpos - data.site("S_target").xpos)
-            candidates.append((distance * rng.uniform(1, 2), data.qpos.copy()))
+            self._scatter(rng, "grip")
+            mujoco.mj_kinematics(self.model, self.data)
+            here, there = (self.data.site(site).xpos for site in self.spec["goal"])
+            candidates.append((np.linalg.norm(here - there) * rng.uniform(1, 2), self.data.qpos.copy()))  # not always the very nearest
         for _, pose in sorted(candidates, key=lambda candidate: candidate[0]):
-            data.qpos[:] = pose
+            self.data.qpos[:] = pose
             if self._clear():
                 break
         self._grip(rng)
 
-    def _put(self, position: np.ndarray, rotation: np.ndarray) -> None:
-        """Place the object: its last six joints are slides and Euler hinges in the frame that its body starts in."""
+    def _scatter(self, rng: np.random.Generator, where: Literal["hand", "grip", "air", "table"]) -> None:
+        """Put the task's own joints somewhere: the door's; or the nail's and the object's, whose last six are slides and Euler hinges."""
+        if self.env_id == "door":
+            self.data.qpos[-2:] = rng.uniform(0, 1.57) * (rng.random() < 0.8), rng.uniform(0, 1.8)  # hinge, latch
+            return
+        if self.env_id == "hammer":
+            self.data.qpos[-7] = rng.uniform(0, 0.09) * (rng.random() < 0.7)  # the nail
         body = self.model.body("Object")
-        start = _matrix(body.quat)
-        r = start.T @ rotation
-        self.data.qpos[-6:-3] = start.T @ (position - body.pos)
-        self.data.qpos[-3:] = np.arctan2(-r[1, 2], r[2, 2]), np.arcsin(np.clip(r[0, 2], -1, 1)), np.arctan2(-r[0, 1], r[0, 0])
-
-    def _palm(self, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A point given in the palm's axes (x to the index finger, -y out of the palm, z to the fingertips), and those axes, in the world."""
+        rest = Rotation.from_quat(body.quat, scalar_first=True)
         mujoco.mj_kinematics(self.model, self.data)
-        axes = self.data.body("palm").xmat.reshape(3, 3)
-        return self.data.body("palm").xpos + axes @ offset, axes
+        palm = self.data.body("palm")  # its axes: x to the index finger, -y out of the palm, z to the fingertips
+        axes, spot = palm.xmat.reshape(3, 3), np.array([0.007, -0.05, 0.075])  # the middle of a fist
+        turn = Rotation.random(rng=rng)
+        if where == "air":
+            position = rng.uniform((-0.2, -0.35, 0.1), (0.2, 0.2, 0.4))
+        elif where == "table":  # flat, turned about the vertical
+            position, turn = rng.uniform((-0.2, -0.35, 0.036), (0.2, 0.2, 0.04)), Rotation.from_euler("z", rng.uniform(0, 2 * np.pi)) * rest
+        else:
+            if self.env_id == "hammer" and where == "grip":  # the head past the thumb, its face to the fingertips
+                spot[1] += 0.012
+                turn = Rotation.from_matrix(axes @ np.diag((-1.0, 1.0, -1.0))) * Rotation.from_euler("y", rng.uniform(-0.6, 0.6))
+            elif self.env_id == "pen" and where == "grip":  # near the target's orientation
+                turn = Rotation.from_rotvec(rng.normal(0, 0.2, 3)) * Rotation.from_matrix(self.data.body("target").xmat.reshape(3, 3))
+            position = palm.xpos + axes @ (spot + rng.normal(0, 0.004 if where == "grip" else 0.03, 3))
+        self.data.qpos[-6:-3] = rest.inv().apply(position - body.pos)
+        self.data.qpos[-3:] = (rest.inv() * turn).as_euler("XYZ")
 
     def _uniform(self, rng: np.random.Generator, joints: np.ndarray, width: float) -> None:
         """These joints anywhere in the middle `width` of their ranges."""
@@ -523,13 +497,6 @@ class AdroitTask:
             self.data.qpos[others], self.data.qvel[others] = pose, 0
         self.data.qvel[:] = 0
         mujoco.mj_forward(self.model, self.data)
-
-
-def _matrix(quat: np.ndarray | tuple[float, ...]) -> np.ndarray:
-    """The rotation matrix of a quaternion of any length."""
-    matrix = np.zeros(9)
-    mujoco.mju_quat2Mat(matrix, np.asarray(quat, float) / np.linalg.norm(quat))
-    return matrix.reshape(3, 3)
 
 
 # ------------------------------------------------------------------------------------------------ backgrounds and colours
@@ -966,6 +933,8 @@ def draw_settings(args: Args) -> None:
             env = make_env(env_id, setting, distractors=args.distractors)
             env.reset()
         except UserError as error:
+            if setting == "train":
+                raise
             print(f"{setting}: left out ({error})")
             continue
         cells = []

@@ -1,0 +1,652 @@
+"""The update against METHOD.md: hand-worked numbers, slow loops over samples, where gradients may flow, what each ablation changes; and the replay."""
+
+import copy
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import talas_asymmetric_sac as rl
+import talas_phase1 as phase1
+import talas_phase2 as phase2
+from envs import UserError
+
+B, A, P = 3, 2, 2  # batch, action and proprioception of most tests
+SMALL = {"hidden_dim": 16, "batch_size": 4, "precision": "fp32", "encoder_strides": (2, 2, 2, 2)}
+FROZEN = {"critic_lr": 0.0, "actor_lr": 0.0, "alpha_lr": 0.0}
+CALM = {"shift": 0, "init_alpha": 1e-8, **FROZEN}  # update() without chance: no shift, no entropy; `calm` takes the policy's noise away
+
+
+def jitter(module: nn.Module, scale: float) -> nn.Module:
+    """Random weights and biases all over, so that nothing is equal, or zero, by its initialisation."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn_like(parameter)
+    return module
+
+
+def make_masker(seed: int = 0) -> rl.Masker:
+    torch.manual_seed(seed)
+    return jitter(rl.Masker(), 0.03).requires_grad_(False).eval()
+
+
+def make_agent(photo: int | None = None, masker: bool = True, proprio_dim: int = P, **flags) -> rl.Agent:
+    """A small agent whose target differs from its critic. photo: the grey level of its only photograph; without one, random photographs."""
+    psi = make_masker() if masker else None
+    torch.manual_seed(1)
+    photos = torch.randint(256, (4, 3, 128, 128), dtype=torch.uint8) if photo is None else torch.full((4, 3, 128, 128), photo, dtype=torch.uint8)
+    agent = rl.Agent(rl.Args(**SMALL | flags), 9, proprio_dim, A, psi, photos)
+    for module in (agent.actor, agent.critic, agent.target_critic):
+        jitter(module, 0.2)
+    return agent
+
+
+def make_batch(n: int = B, seed: int = 2, proprio_dim: int = P, done: tuple[float, ...] = (0.0, 1.0, 0.0)) -> rl.Batch:
+    g = torch.Generator().manual_seed(seed)
+    frames, masks = (torch.randint(256, (2, n, c, 84, 84), generator=g, dtype=torch.uint8) for c in (9, 3))
+    proprio, reward = torch.randn(2, n, proprio_dim, generator=g), torch.randn(n, generator=g)
+    action, dones = torch.rand(n, A, generator=g) * 2 - 1, torch.tensor([done[i % len(done)] for i in range(n)])
+    return rl.Batch(frames[0], masks[0], proprio[0], action, reward, dones, frames[1], masks[1], proprio[1])
+
+
+def embeddings(agent: rl.Agent, n: int) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(B, agent.encoder(torch.zeros(1, 9, 84, 84)).shape[1]) for _ in range(n)]
+
+
+def make_constant(agent: rl.Agent, q: tuple[float, float], target_q: tuple[float, float], mean: float, log_std: float) -> None:
+    """Networks that give these outputs whatever they see."""
+    with torch.no_grad():
+        for parameter in [*agent.actor.parameters(), *agent.critic.parameters(), *agent.target_critic.parameters()]:
+            parameter.zero_()
+        for critic, values in ((agent.critic, q), (agent.target_critic, target_q)):
+            for head, value in zip(critic.heads, values, strict=True):
+                head.out.bias.fill_(value)
+        agent.actor.head.out.bias[:A] = mean
+        agent.actor.head.out.bias[A:] = math.atanh((log_std + 10) / 6 - 1)
+
+
+def calm(agent: rl.Agent) -> rl.Agent:
+    """The smallest standard deviation that the policy knows, e⁻¹⁰."""
+    with torch.no_grad():
+        agent.actor.head.out.bias[A:] = -30
+    return agent
+
+
+def update(agent: rl.Agent, batch: rl.Batch, seed: int = 4) -> dict[str, float]:
+    torch.manual_seed(seed)
+    return {key: value.item() for key, value in agent.update(batch, rl.Optimizers(agent, agent.args)).items()}
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def slow_act(agent: rl.Agent, z: torch.Tensor, proprio: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """One sample's action and log π, in float64, with 1 − tanh² u = 1 / cosh² u."""
+    mean, raw = agent.actor.head(agent.actor.trunk(z[None], proprio[None]))[0].double().split(A)
+    action, log_prob = torch.empty(A), 0.0
+    for j in range(A):
+        log_std = -10 + 6 * (math.tanh(raw[j]) + 1)
+        u = mean[j].item() + math.exp(log_std) * noise[j].item()
+        action[j] = math.tanh(u)
+        log_prob += -0.5 * noise[j].item() ** 2 - log_std - 0.5 * math.log(2 * math.pi) + 2 * math.log(math.cosh(u))
+    return action, log_prob
+
+
+def slow_q(critic: rl.Critic, z: torch.Tensor, proprio: torch.Tensor, action: torch.Tensor) -> list[float]:
+    return critic(z[None], proprio[None], action[None])[:, 0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ the losses
+@torch.no_grad()
+def test_losses_by_hand():
+    agent, batch, (z_c, z_a) = (a := make_agent(gamma=0.5, init_alpha=0.1)), make_batch(), embeddings(a, 2)
+    make_constant(agent, q=(3, 5), target_q=(7, 4), mean=0.5, log_std=0.0)
+
+    def log_prob(noise):  # of u = 0.5 + 1 · noise
+        return sum(-0.5 * e**2 - 0.5 * math.log(2 * math.pi) - math.log(1 - math.tanh(0.5 + e) ** 2) for e in noise)
+
+    torch.manual_seed(0)
+    y = agent.target_q(z_c, batch)
+    torch.manual_seed(0)
+    noise = torch.randn(B, A).tolist()
+    expected = [r + 0.5 * (1 - d) * (4 - 0.1 * log_prob(e)) for r, d, e in zip(batch.reward.tolist(), (0, 1, 0), noise, strict=True)]
+    assert y.tolist() == pytest.approx(expected, rel=1e-5)
+
+    # y = 1, 4, 3: (3 − y)² + (5 − y)² = 4 + 16, 1 + 1, 0 + 4, in sum 26; half of it over three samples; twice for two views
+    loss, q = agent.critic_loss([z_c, z_a], batch, torch.tensor([1.0, 4.0, 3.0]))
+    assert loss.item() == pytest.approx(26 / 3)
+    assert q.tolist() == [[3.0] * 6, [5.0] * 6]
+    assert agent.critic_loss([z_c], batch, torch.tensor([1.0, 4.0, 3.0]))[0].item() == pytest.approx(13 / 3)
+
+    torch.manual_seed(0)
+    loss, log_probs = agent.actor_loss([z_c, z_a], batch.proprio)
+    torch.manual_seed(0)
+    expected = [log_prob(e) for e in torch.randn(2 * B, A).tolist()]
+    assert log_probs.tolist() == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(0.1 * np.mean(expected) - 3, rel=1e-5)
+
+
+def test_temperature_loss_by_hand():
+    agent = make_agent(init_alpha=0.1)
+    loss = agent.alpha_loss(torch.tensor([1.0, 4.0]))  # the target entropy is −2: −0.1 · ((1 − 2) + (4 − 2)) / 2
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.05)
+    assert agent.log_alpha.grad.item() == pytest.approx(-0.05)  # entropy, −2.5, is below its target: α rises
+
+
+@pytest.mark.parametrize("judge", ["clean", "own"])
+@torch.no_grad()
+def test_losses_against_loops(judge):
+    agent, batch = make_agent(actor_judge=judge, init_alpha=0.3), make_batch()
+    z_c, z_a, next_z = embeddings(agent, 3)
+    torch.manual_seed(5)
+    y = agent.target_q(next_z, batch)
+    torch.manual_seed(5)
+    noise = torch.randn(B, A)
+    for i in range(B):
+        action, log_prob = slow_act(agent, next_z[i], batch.next_proprio[i], noise[i])
+        value = min(slow_q(agent.target_critic, next_z[i], batch.next_proprio[i], action)) - 0.3 * log_prob
+        assert y[i].item() == pytest.approx(batch.reward[i].item() + 0.99 * (1 - batch.done[i].item()) * value, rel=1e-4)
+
+    total = 0.0
+    for i in range(B):
+        for z in (z_c, z_a):
+            total += sum((q - y[i].item()) ** 2 for q in slow_q(agent.critic, z[i], batch.proprio[i], batch.action[i])) / 2
+    assert agent.critic_loss([z_c, z_a], batch, y)[0].item() == pytest.approx(total / B, rel=1e-4)
+
+    torch.manual_seed(6)
+    loss, log_probs = agent.actor_loss([z_c, z_a], batch.proprio)
+    torch.manual_seed(6)
+    noise, total = torch.randn(2, B, A), 0.0
+    for v, z in enumerate((z_c, z_a)):
+        for i in range(B):
+            action, log_prob = slow_act(agent, z[i], batch.proprio[i], noise[v, i])
+            total += 0.5 * (0.3 * log_prob - min(slow_q(agent.critic, (z_c if judge == "clean" else z)[i], batch.proprio[i], action)))
+            assert log_probs[v * B + i].item() == pytest.approx(log_prob, rel=1e-3, abs=1e-3)
+    assert loss.item() == pytest.approx(total / B, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [("both", "both", "clean"), ("both", "both", "own"), ("both", "clean", "clean"), ("clean", "both", "clean")])
+@torch.no_grad()
+def test_update_against_loops(flags):
+    """From bytes to losses: which view goes where, on a batch where nothing is left to chance."""
+    critic_views, actor_views, judge = flags
+    agent = calm(make_agent(photo=200, critic_views=critic_views, actor_views=actor_views, actor_judge=judge, **CALM))
+    batch = make_batch()
+    with torch.enable_grad():
+        metrics = update(agent, batch)
+
+    def clean(obs, mask):
+        return torch.stack([obs[3 * k + c] * (mask[k] / 255) / 255 for k in range(3) for c in range(3)])
+
+    def augmented(obs):
+        tau = 0.5 * obs + 0.5 * 200
+        return torch.cat([tau[3 * k : 3 * k + 3] * agent.masker(tau[None, 3 * k : 3 * k + 3]).sigmoid() / 255 for k in range(3)])
+
+    def f(pixels):
+        return agent.encoder(pixels[None])[0]
+
+    no_noise, q_loss, q_values, pi_loss = torch.zeros(A), 0.0, [], []
+    for i in range(B):
+        z = {"clean": f(clean(batch.obs[i].float(), batch.mask[i])), "augmented": f(augmented(batch.obs[i].float()))}
+        next_z = f(clean(batch.next_obs[i].float(), batch.next_mask[i]))
+        next_action, _ = slow_act(agent, next_z, batch.next_proprio[i], no_noise)
+        y = batch.reward[i] + 0.99 * (1 - batch.done[i]) * min(slow_q(agent.target_critic, next_z, batch.next_proprio[i], next_action))
+        for view in ("clean", "augmented"):
+            if view == "clean" or critic_views == "both":
+                q = slow_q(agent.critic, z[view], batch.proprio[i], batch.action[i])
+                q_loss, q_values = q_loss + sum((value - y.item()) ** 2 for value in q) / 2 / B, q_values + q
+            if view == "clean" or actor_views == "both":
+                action, _ = slow_act(agent, z[view], batch.proprio[i], no_noise)
+                pi_loss.append(-min(slow_q(agent.critic, z["clean" if judge == "clean" else view], batch.proprio[i], action)))
+    assert metrics["losses/qf_loss"] == pytest.approx(q_loss, rel=2e-3)
+    assert metrics["losses/qf_values"] == pytest.approx(np.mean(q_values), rel=2e-3)
+    assert metrics["losses/actor_loss"] == pytest.approx(np.mean(pi_loss), rel=2e-3)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.7, -3.0, 9.0, -30.0, 60.0])
+@pytest.mark.parametrize("log_std", [-9.0, -1.0, 0.0, 1.5])
+@torch.no_grad()
+def test_log_prob_against_torch_distributions(mean, log_std):
+    agent = make_agent(proprio_dim=0)
+    make_constant(agent, (0, 0), (0, 0), mean, log_std)
+    z = embeddings(agent, 1)[0]
+    torch.manual_seed(7)
+    action, log_prob, mean_action = agent.actor(z, torch.zeros(B, 0))
+    torch.manual_seed(7)
+    u = mean + math.exp(log_std) * torch.randn(B, A).double()
+    tanh = torch.distributions.TanhTransform(cache_size=1)  # the cache lends log_prob the u of an action that rounds to 1
+    normal = torch.distributions.Normal(torch.tensor(mean, dtype=torch.float64), torch.tensor(math.exp(log_std), dtype=torch.float64))
+    expected_action = tanh(u)
+    expected = torch.distributions.TransformedDistribution(normal, [tanh]).log_prob(expected_action).sum(1)
+    assert torch.isfinite(log_prob).all()
+    torch.testing.assert_close(action.double(), expected_action, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_prob.double(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(mean_action, torch.full((B, A), math.tanh(mean)))
+
+
+@torch.no_grad()
+def test_termination_ends_the_return_and_truncation_does_not():
+    agent, z = (a := make_agent(init_alpha=1e-8)), embeddings(a, 1)[0]
+    make_constant(agent, q=(0, 0), target_q=(10, 20), mean=0, log_std=0)
+    batch = make_batch(done=(0.0,))
+    assert agent.target_q(z, batch).tolist() == pytest.approx((batch.reward + 0.99 * 10).tolist())
+    batch.done = torch.ones(B)
+    assert agent.target_q(z, batch).tolist() == batch.reward.tolist()
+
+
+@torch.no_grad()
+def test_proprioception_reaches_actor_and_critic():
+    agent, batch, z = make_agent(), make_batch(), embeddings(make_agent(), 1)[0]
+    other = batch.proprio + torch.tensor([0.0, 1.0])
+    assert not torch.equal(agent.actor(z, batch.proprio)[2], agent.actor(z, other)[2])
+    assert (agent.critic(z, batch.proprio, batch.action) != agent.critic(z, other, batch.action)).all()
+    torch.manual_seed(0)
+    y = agent.target_q(z, batch)
+    batch.next_proprio = batch.next_proprio + 1
+    torch.manual_seed(0)
+    assert (agent.target_q(z, batch) != y).tolist() == [True, False, True]  # the second is terminal
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+def test_critic_loss_reaches_encoder_and_critic_only():
+    agent, batch = make_agent(), make_batch()
+    clean, augmented = agent.views(batch.obs, batch.mask)
+    y = agent.target_q(agent.encoder(rl.apply_mask(batch.next_obs, batch.next_mask)), batch)
+    assert not y.requires_grad
+    agent.critic_loss([agent.encoder(clean), agent.encoder(augmented)], batch, y)[0].backward()
+    for module in (agent.encoder, agent.critic):
+        assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+    for module in (agent.actor, agent.target_critic, agent.masker):
+        assert all(p.grad is None for p in module.parameters())
+    assert agent.log_alpha.grad is None
+
+
+def test_actor_loss_reaches_the_actor_only():
+    """What the actor learns from makes no difference to encoder, critic, target and masker: not in their weights, not in their gradients."""
+    results = []
+    for judge, views in (("clean", "both"), ("own", "both"), ("clean", "clean")):
+        agent = make_agent(actor_judge=judge, actor_views=views)
+        update(agent, make_batch())
+        others = [agent.encoder, agent.critic, agent.target_critic, agent.masker]
+        grads = {f"{i} {name}": p.grad for i, module in enumerate(others) for name, p in module.named_parameters() if p.grad is not None}
+        results.append(([weights(module) for module in others], grads, weights(agent.actor)))
+        assert {key[0] for key in grads} == {"0", "1"}
+    for others, grads, actor in results[1:]:
+        assert all(same(a, b) for a, b in zip(others, results[0][0], strict=True))
+        assert same(grads, results[0][1])
+        assert not same(actor, results[0][2])
+
+
+def test_alpha_is_a_constant_in_the_actor_loss():
+    agent, batch = make_agent(), make_batch()
+    loss, log_prob = agent.actor_loss(embeddings(agent, 2), batch.proprio)
+    loss.backward()
+    assert agent.log_alpha.grad is None
+    assert not log_prob.requires_grad
+
+
+def test_update_moves_what_it_should():
+    agent, batch = make_agent(tau=0.3), make_batch()
+    before = {name: weights(module) for name, module in agent.named_children()} | {"log_alpha": agent.log_alpha.item()}
+    metrics = update(agent, batch)
+    assert all(math.isfinite(value) for value in metrics.values())
+    for name in ("encoder", "critic", "actor"):
+        assert all(not torch.equal(value, before[name][key]) for key, value in getattr(agent, name).state_dict().items()), name
+    assert agent.log_alpha.item() != before["log_alpha"]
+    assert same(weights(agent.masker), before["masker"])
+    for key, value in agent.target_critic.state_dict().items():
+        torch.testing.assert_close(value, 0.7 * before["target_critic"][key] + 0.3 * agent.critic.state_dict()[key])
+
+
+def test_temperature_moves_towards_its_target():
+    for bias, rises in ((-30, True), (0, False)):  # a policy of one action; one with a standard deviation of e⁻⁴ to e²
+        agent = make_agent()
+        with torch.no_grad():
+            agent.actor.head.out.weight.zero_()
+            agent.actor.head.out.bias.copy_(torch.tensor([0.0, 0.0, bias, bias]) + (0 if rises else torch.tensor([0, 0, 0.75, 0.75])))
+        before = agent.log_alpha.item()
+        metrics = update(agent, make_batch())
+        assert (metrics["losses/entropy"] < -A) == rises
+        assert (agent.log_alpha.item() > before) == rises
+
+
+# ------------------------------------------------------------------------------------------------------------ the asymmetry
+@pytest.mark.parametrize("judge", ["clean", "own"])
+@torch.no_grad()
+def test_an_augmented_pixel_does_not_change_the_judgement(judge):
+    agent, batch = make_agent(actor_judge=judge), make_batch()
+    make_constant(agent, (0, 0), (0, 0), mean=0.3, log_std=-1)  # fixed actions, whatever is seen
+    jitter(agent.critic, 0.3)
+    clean, augmented = agent.views(batch.obs, batch.mask)
+    touched = augmented.clone()
+    touched[0, 4, 40, 40] += 0.5
+    judgements, learned = [], []
+    for view in (augmented, touched):
+        z = [agent.encoder(clean), agent.encoder(view)]
+        torch.manual_seed(0)
+        judgements.append(agent.actor_loss(z, batch.proprio)[0].item())
+        learned.append(agent.critic_loss(z, batch, batch.reward)[0].item())
+    assert (judgements[0] == judgements[1]) == (judge == "clean")
+    assert learned[0] != learned[1]
+
+
+def seen_by_update(photo: int, **flags) -> dict[str, object]:
+    """What an update with this photograph comes to: target, losses, and weights after it."""
+    agent = make_agent(photo=photo, **flags)
+    with torch.no_grad():
+        agent.actor.head.out.weight.zero_()  # fixed actions
+    seen: dict[str, object] = {}
+    target_q = agent.target_q
+    agent.target_q = lambda *args: seen.setdefault("y", target_q(*args))
+    seen |= update(agent, make_batch())
+    return seen | {"critic": [weights(agent.encoder), weights(agent.critic)], "actor": weights(agent.actor)}
+
+
+@pytest.mark.parametrize("judge", ["clean", "own"])
+def test_the_photograph_does_not_reach_target_and_judgement(judge):
+    black, white = (seen_by_update(photo, actor_judge=judge, **FROZEN) for photo in (0, 255))
+    assert torch.equal(black["y"], white["y"])
+    assert (black["losses/actor_loss"] == white["losses/actor_loss"]) == (judge == "clean")
+    assert black["losses/qf_loss"] != white["losses/qf_loss"]
+
+
+def test_critic_views_clean():
+    black, white = (seen_by_update(photo, critic_views="clean") for photo in (0, 255))
+    assert black["losses/qf_loss"] == white["losses/qf_loss"]
+    assert all(same(a, b) for a, b in zip(black["critic"], white["critic"], strict=True))
+    black, white = (seen_by_update(photo, critic_views="both") for photo in (0, 255))
+    assert not any(same(a, b) for a, b in zip(black["critic"], white["critic"], strict=True))
+
+
+def test_actor_views_clean():
+    black, white = (seen_by_update(photo, actor_views="clean", critic_lr=0.0) for photo in (0, 255))
+    assert black["losses/actor_loss"] == white["losses/actor_loss"]
+    assert same(black["actor"], white["actor"])
+    black, white = (seen_by_update(photo, actor_views="both", critic_lr=0.0) for photo in (0, 255))
+    assert not same(black["actor"], white["actor"])
+
+
+def test_clean_views_only_need_no_photographs():
+    agent, batch = make_agent(masker=False, critic_views="clean", actor_views="clean"), make_batch()
+    agent.photos = None
+    clean, augmented = agent.views(batch.obs, batch.mask)
+    assert clean.shape == (B, 9, 84, 84)
+    assert augmented is None
+    assert all(math.isfinite(value) for value in update(agent, batch).values())
+
+
+# ------------------------------------------------------------------------------------------------------------ the two views
+def slow_mask(masker: nn.Module, stack: torch.Tensor) -> torch.Tensor:
+    """(B, 9, H, W) in [0, 255] -> (B, 3, H, W) in [0, 1], one frame at a time."""
+    return torch.stack([torch.cat([masker(o[None, 3 * k : 3 * k + 3]).sigmoid() for k in range(3)]) for o in stack])
+
+
+@torch.no_grad()
+def test_augmentation_flags():
+    batch = make_batch()
+    o, m = batch.obs.float(), batch.mask.repeat_interleave(3, 1) / 255
+    overlaid, swapped = 0.5 * o + 0.5 * 200, m * o + (1 - m) * 200
+    for kind, tau in (("overlay", overlaid), ("swap", swapped)):
+        agent = make_agent(photo=200, shift=0, augmentation=kind)
+        expected = slow_mask(agent.masker, tau).repeat_interleave(3, 1) * tau / 255
+        torch.testing.assert_close(agent.views(batch.obs, batch.mask)[1], expected, rtol=0, atol=0.6 / 255)  # masks are bytes
+    agent = make_agent(photo=200, masker=False, shift=0, augmentation="mix")
+    batch = make_batch(40)
+    o, m = batch.obs.float(), batch.mask.repeat_interleave(3, 1) / 255
+    torch.manual_seed(0)
+    view = agent.views(batch.obs, batch.mask)[1] * 255
+    kinds = torch.stack([(view - tau).abs().amax((1, 2, 3)) < 0.01 for tau in (o, 0.5 * o + 0.5 * 200, m * o + (1 - m) * 200)])
+    assert (kinds.sum(0) == 1).all()
+    assert (kinds.sum(1) > 0).all()  # some of each
+
+
+@torch.no_grad()
+def test_masker_none_leaves_views_whole():
+    agent, batch = make_agent(photo=200, masker=False, shift=0), make_batch()
+    assert (rl.mask_stack(None, batch.obs) == 255).all()
+    clean, augmented = agent.views(batch.obs, rl.mask_stack(None, batch.obs))
+    torch.testing.assert_close(clean, batch.obs / 255)
+    torch.testing.assert_close(augmented, (0.5 * batch.obs + 0.5 * 200) / 255)
+
+
+@torch.no_grad()
+def test_each_view_has_its_own_masker():
+    """The stored mask, whoever made it, masks the clean view; the agent's masker the augmented one (overlay)."""
+    agent, batch = make_agent(photo=200, shift=0), make_batch()
+    clean, augmented = agent.views(batch.obs, batch.mask)
+    assert torch.equal(agent.views(batch.obs, 255 - batch.mask)[1], augmented)
+    assert not torch.equal(agent.views(batch.obs, 255 - batch.mask)[0], clean)
+    agent.masker = make_masker(seed=9)
+    assert torch.equal(agent.views(batch.obs, batch.mask)[0], clean)
+    assert not torch.equal(agent.views(batch.obs, batch.mask)[1], augmented)
+
+
+@torch.no_grad()
+def test_masks_are_made_frame_by_frame():
+    masker, stack = make_masker(), make_batch().obs
+    mask = rl.mask_stack(masker, stack)
+    assert mask.shape == (B, 3, 84, 84)
+    assert mask.dtype == torch.uint8
+    assert len(mask.unique()) > 5
+    torch.testing.assert_close(mask.float(), 255 * slow_mask(masker, stack.float()), rtol=0, atol=0.51)  # rounded, not cut off
+    for i in range(3):
+        other = stack.clone()
+        other[:, 3 * i : 3 * i + 3] = 255 - other[:, 3 * i : 3 * i + 3]
+        changed = (rl.mask_stack(masker, other) != mask).flatten(2).any(2)
+        assert changed.tolist() == [[k == i for k in range(3)]] * B
+
+
+def test_apply_mask_against_loops():
+    batch = make_batch()
+    product = rl.apply_mask(batch.obs, batch.mask)
+    assert product.dtype == torch.float32
+    for b in range(B):
+        for channel in range(9):
+            expected = batch.obs[b, channel].numpy() / 255 * (batch.mask[b, channel // 3].numpy() / 255)
+            np.testing.assert_allclose(product[b, channel].numpy(), expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ the shift
+def find_offset(original: np.ndarray, shifted: np.ndarray, pad: int) -> tuple[int, int]:
+    """The one offset by which (C, H, W) `original`, its edges repeated, became `shifted`."""
+    channels, height, width = original.shape
+    padded = np.empty((channels, height + 2 * pad, width + 2 * pad), original.dtype)
+    for y in range(height + 2 * pad):
+        for x in range(width + 2 * pad):
+            padded[:, y, x] = original[:, min(max(y - pad, 0), height - 1), min(max(x - pad, 0), width - 1)]
+    candidates = [(y, x) for y in range(2 * pad + 1) for x in range(2 * pad + 1)]
+    found = [(y, x) for y, x in candidates if np.allclose(padded[:, y : y + height, x : x + width], shifted, atol=1e-6)]
+    assert len(found) == 1, f"{len(found)} of {len(candidates)} offsets fit"
+    return found[0]
+
+
+def test_random_shift_against_loops():
+    g = torch.Generator().manual_seed(0)
+    obs, mask = (torch.randint(256, (60, c, 7, 9), generator=g, dtype=torch.uint8) for c in (9, 3))
+    torch.manual_seed(0)
+    for shift in (lambda: rl.random_shift(obs, mask, pad=2), lambda: phase2.random_shift(obs[:, :3], mask[:, 0], 2)):
+        shifted_obs, shifted_mask = shift()
+        channels = shifted_obs.shape[1]
+        assert shifted_obs.dtype == shifted_mask.dtype == torch.uint8
+        shifted_mask = shifted_mask.reshape(60, -1, 7, 9)
+        joined = zip(torch.cat([obs[:, :channels], mask[:, : shifted_mask.shape[1]]], 1), torch.cat([shifted_obs, shifted_mask], 1), strict=True)
+        offsets = [find_offset(a.numpy(), b.numpy(), 2) for a, b in joined]  # obs and mask moved together, or none would fit
+        assert {y for y, _ in offsets} == {x for _, x in offsets} == set(range(5))
+        assert len(set(offsets)) > 15  # rows and columns on their own, each sample on its own
+
+
+def test_shift_in_the_update():
+    """c = shift(ψ(o) ⊙ o); the augmented view has the same shift, the next observation one of its own."""
+    agent, batch = make_agent(photo=200, masker=False, **FROZEN), make_batch(8)
+    batch.next_obs, batch.next_mask = batch.obs, batch.mask
+    seen = {}
+    agent.encoder.register_forward_pre_hook(lambda module, inputs: seen.update({len(inputs[0]): inputs[0].detach()}))
+    update(agent, batch)
+    clean, augmented = seen[16].split(8)
+    masked = (batch.obs / 255 * batch.mask.repeat_interleave(3, 1) / 255).numpy()
+    offsets = [find_offset(o, c, 4) for o, c in zip(masked, clean.numpy(), strict=True)]
+    overlaid = ((0.5 * batch.obs + 0.5 * 200) / 255).numpy()
+    assert [find_offset(o, a, 4) for o, a in zip(overlaid, augmented.numpy(), strict=True)] == offsets
+    next_offsets = [find_offset(o, c, 4) for o, c in zip(masked, seen[8].numpy(), strict=True)]
+    assert sum(a != b for a, b in zip(next_offsets, offsets, strict=True)) >= 5
+    assert len(set(offsets)) >= 5
+
+
+# ------------------------------------------------------------------------------------------------------------ the replay
+class PlainReplay:
+    """Episodes as lists; stacks by plain indexing. Transitions carry their number as their action."""
+
+    def __init__(self, capacity: int, lengths: list[int], seed: int = 0):
+        self.rng, self.transitions, self.n = np.random.default_rng(seed), [], 0
+        self.replay = None
+        for length, terminated in lengths:
+            frames = [self.rng.integers(256, size=(3, 4, 5), dtype=np.uint8) for _ in range(length + 1)]
+            masks = [self.rng.integers(256, size=(4, 5), dtype=np.uint8) for _ in range(length + 1)]
+            proprio = self.rng.standard_normal((length + 1, 2)).astype(np.float32)
+            stacks = [np.concatenate([frames[max(t + k, 0)] for k in (-2, -1, 0)]) for t in range(length + 1)]
+            mask_stacks = [np.stack([masks[max(t + k, 0)] for k in (-2, -1, 0)]) for t in range(length + 1)]
+            obs = [{"pixels": stack, "proprio": p} for stack, p in zip(stacks, proprio, strict=True)]
+            if self.replay is None:
+                self.replay = rl.Replay(capacity, obs[0], 1, torch.device("cpu"))
+            self.replay.add_frame(obs[0], torch.from_numpy(masks[0]), first=True)
+            start, self.n = self.n, self.n + 1
+            self.check(16)
+            for t in range(length):
+                done, reward = terminated and t == length - 1, float(self.rng.standard_normal())
+                action = np.array([len(self.transitions)], np.float32)
+                self.replay.add_step(action, reward, done, obs[t + 1], torch.from_numpy(masks[t + 1]))
+                self.n += 1
+                oldest, number = start + max(t - 2, 0), start + t  # the oldest frame in its stack; its own
+                rest = (stacks[t], mask_stacks[t], proprio[t], reward, done, stacks[t + 1], mask_stacks[t + 1], proprio[t + 1])
+                self.transitions.append((oldest, number, *rest))
+                self.check(16)
+
+    def check(self, samples: int) -> set[int]:
+        """Sample; compare every field; return which transitions were seen."""
+        if not self.transitions:
+            return set()
+        batch = self.replay.sample(samples)
+        assert batch.obs.dtype == batch.next_obs.dtype == batch.mask.dtype == batch.next_mask.dtype == torch.uint8
+        assert batch.obs.shape == (samples, 9, 4, 5)
+        assert batch.mask.shape == (samples, 3, 4, 5)
+        assert batch.reward.shape == batch.done.shape == (samples,)
+        for i, index in enumerate(batch.action[:, 0].int().tolist()):
+            oldest, _, obs, mask, proprio, reward, done, next_obs, next_mask, next_proprio = self.transitions[index]
+            assert oldest >= self.n - self.replay.capacity, "its frames are overwritten"
+            for got, expected in ((batch.obs, obs), (batch.mask, mask), (batch.proprio, proprio), (batch.reward, np.float32(reward))):
+                np.testing.assert_array_equal(got[i].numpy(), expected)
+            for got, expected in ((batch.next_obs, next_obs), (batch.next_mask, next_mask), (batch.next_proprio, next_proprio)):
+                np.testing.assert_array_equal(got[i].numpy(), expected)
+            assert batch.done[i].item() == float(done)
+        return set(batch.action[:, 0].int().tolist())
+
+
+EPISODES = [(5, False), (1, True), (2, False), (7, True), (1, False), (4, True), (12, False), (3, True), (6, False)]  # (length, terminated)
+
+
+@pytest.mark.parametrize("capacity", [17, 20, 31, 100])
+def test_replay_against_lists(capacity):
+    torch.manual_seed(0)
+    plain = PlainReplay(capacity, EPISODES)
+    frames = sum(length + 1 for length, _ in EPISODES)
+    assert plain.replay.n == frames  # each once, and one more per episode than steps
+    assert plain.replay.frames.shape == (capacity, 3, 4, 5)
+    assert plain.replay.frames.dtype == plain.replay.masks.dtype == torch.uint8
+    seen = plain.check(2000)
+    expected = {i for i, (_, number, *_) in enumerate(plain.transitions) if number >= frames - capacity + 4}
+    assert seen >= expected  # nothing but the few at the write head is lost
+    assert len(expected) > 6
+
+
+# ------------------------------------------------------------------------------------------------------------ maskers
+def test_the_three_maskers_are_one_network():
+    """Each script holds the network, so that each can be read on its own; they must not drift apart."""
+    assert inspect.signature(rl.Masker) == inspect.signature(phase1.Masker) == inspect.signature(phase2.Masker)
+    masker, frames = make_masker(), torch.randint(256, (2, 3, 84, 84)).float()
+    for module in (phase1, phase2):
+        other = module.Masker()
+        other.load_state_dict(masker.state_dict())
+        assert torch.equal(other(frames), masker(frames))
+
+
+def test_masker_is_small():
+    masker, flops = make_masker(), []
+
+    def count(module, inputs, output):
+        flops.append(output[0].numel() * module.weight[0].numel())
+
+    for module in masker.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    assert masker(torch.zeros(1, 3, 84, 84)).shape == (1, 84, 84)
+    assert 0 < sum(flops) <= 50e6
+
+
+def test_masker_loss():
+    ones, white = torch.ones(1, 2, 2), torch.full((1, 3, 2, 2), 255)
+    bce, reconstruction = phase1.masker_loss(torch.zeros(1, 2, 2), ones, white, 1.0)
+    assert bce.item() == pytest.approx(math.log(2))
+    assert reconstruction.item() == pytest.approx(0.25)
+    assert phase1.masker_loss(torch.zeros(1, 2, 2), ones, white, 0.0)[1].item() == 0
+    rng = np.random.default_rng(0)
+    logits, target, frames = rng.standard_normal((2, 4, 4)), rng.integers(0, 2, (2, 4, 4)), rng.integers(0, 256, (2, 3, 4, 4))
+    bce, reconstruction = phase1.masker_loss(*(torch.from_numpy(x) for x in (logits, target.astype(float), frames)), 0.5)
+    p = 1 / (1 + np.exp(-logits))
+    assert bce.item() == pytest.approx(-np.mean(np.log(np.where(target == 1, p, 1 - p))))
+    squares = [((p[n, y, x] - target[n, y, x]) * frames[n, c, y, x] / 255) ** 2 for n, c, y, x in np.ndindex(2, 3, 4, 4)]
+    assert reconstruction.item() == pytest.approx(np.mean(squares))
+
+
+def test_load_teacher(tmp_path):
+    masker, path = make_masker(), tmp_path / "teacher.pt"
+    torch.save({"env_id": "hammer", "image_size": 84, "prompt": "the hammer", "state_dict": masker.state_dict()}, path)
+    teacher, checkpoint = phase2.load_teacher(path, "hammer")
+    assert same(weights(teacher), weights(masker))
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert checkpoint["prompt"] == "the hammer"
+    with pytest.raises(UserError, match="made for hammer, not for door"):
+        phase2.load_teacher(path, "door")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a masker"):
+        phase2.load_teacher(path, "hammer")
+    with pytest.raises(UserError, match="no teacher there"):
+        phase2.load_teacher(tmp_path / "nowhere.pt", "hammer")
+
+
+@pytest.mark.parametrize("module", [phase1, phase2])
+def test_save_atomically(module, tmp_path):
+    path = tmp_path / "array.npz"
+    module.save_atomically(lambda p: np.savez(p, a=np.arange(3)), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["array.npz"]  # not under another name, and no leftovers
+
+    def half(temporary):
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        module.save_atomically(half, path)
+    assert np.load(path)["a"].tolist() == [0, 1, 2]
+
+
+def test_checkpoint_round_trip(tmp_path):
+    """A saved agent comes back with the same action; a half-written checkpoint never lies under the name."""
+    agent, batch = make_agent(), make_batch()
+    rl.save_checkpoint(tmp_path / "checkpoint.pt", agent, agent.args, 7, "the walker")
+    checkpoint = rl.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert (checkpoint["args"], checkpoint["step"], checkpoint["prompt"]) == (agent.args, 7, "the walker")
+    other = jitter(copy.deepcopy(agent), 0.1)
+    for name, module in other.named_children():
+        module.load_state_dict(checkpoint["weights"][name])
+    observation = batch.obs[:1], batch.mask[:1], batch.proprio[:1]
+    np.testing.assert_array_equal(other.act(*observation, mean=True), agent.act(*observation, mean=True))
