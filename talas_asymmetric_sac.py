@@ -76,8 +76,10 @@ class Args:
     """transitions per update"""
     learning_starts: int = 1000
     """random agent steps before the first update; at most two thirds of a short run"""
-    update_every: int = 1
-    """agent steps per update"""
+    updates_per_step: float = 1.0
+    """updates per agent step (SADA: 0.5)"""
+    catch_up: bool = False
+    """when learning starts, make the updates that the random steps would have had, at once (DMC-GB does)"""
     actor_lr: float = 5e-4
     """Adam's learning rate for the actor"""
     critic_lr: float = 5e-4
@@ -137,7 +139,7 @@ class Masker(nn.Module):
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 64)):
         super().__init__()
         fine, middle, coarse = widths
-        self.stem = nn.Conv2d(12, fine, 3, padding=1)  # 84×84×3 unshuffled to 42×42×12
+        self.stem = nn.Conv2d(3, fine, 6, stride=2, padding=2)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
@@ -150,7 +152,7 @@ class Masker(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) frames in [0, 255], H and W even -> (N, H, W) logits."""
-        fine = F.relu(self.stem(F.pixel_unshuffle(frames / 255 - 0.5, 2)))
+        fine = F.relu(self.stem(frames / 255 - 0.5))
         middle = F.relu(self.conv1(F.relu(self.down1(fine))))
         coarse = F.relu(self.down2(middle))
         coarse = coarse + F.relu(self.conv2(coarse))
@@ -648,7 +650,8 @@ def main(args: Args) -> None:
             obs, _ = env.reset()
             pixels, mask, proprio = observe(clean_masker, obs, device)
             replay.add_frame(obs, mask[0, -1], first=True)
-        if step > learning_starts and step % args.update_every == 0:
+        due = int(args.updates_per_step * (step if args.catch_up else step - learning_starts)) if step > learning_starts else 0
+        while updates < due:
             metrics = agent.update(replay.sample(args.batch_size), optimizers)
             updates += 1
             if updates % 100 == 0:

@@ -68,7 +68,7 @@ class Masker(nn.Module):
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 64)):
         super().__init__()
         fine, middle, coarse = widths
-        self.stem = nn.Conv2d(12, fine, 3, padding=1)  # 84×84×3 unshuffled to 42×42×12
+        self.stem = nn.Conv2d(3, fine, 6, stride=2, padding=2)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
@@ -81,7 +81,7 @@ class Masker(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) frames in [0, 255], H and W even -> (N, H, W) logits."""
-        fine = F.relu(self.stem(F.pixel_unshuffle(frames / 255 - 0.5, 2)))
+        fine = F.relu(self.stem(frames / 255 - 0.5))
         middle = F.relu(self.conv1(F.relu(self.down1(fine))))
         coarse = F.relu(self.down2(middle))
         coarse = coarse + F.relu(self.conv2(coarse))

@@ -132,6 +132,7 @@ def test_determinism(make, name, setting, request):
     folder = request.getfixturevalue("distractors") if setting.startswith(("color", "video")) else None
     a, b = (make(name, setting, 1, distractors=folder) for _ in range(2))
     first, second = rollout(a), rollout(a)
+    assert len({first[0], first[3], first[8]}) == 3  # the pictures do move
     assert rollout(b, options={"episode": 1}) == second and second[2] == 1
     assert rollout(b, options={"episode": 0}) == first  # also backwards, in a used environment
     assert rollout(b)[2] == 1  # and the count goes on from there
@@ -321,12 +322,16 @@ def test_states_masks_and_vocabulary(make, name):
 
 
 def test_good_states_are_good(make):
-    rng = np.random.default_rng(0)
+    rng, caught = np.random.default_rng(0), []
     walker, pole, cup = (make(name) for name in ("walker_walk", "cartpole_swingup", "ball_in_cup_catch"))
     for _ in range(10):
         for env in (walker, pole, cup):
             env.task.good(rng)
-        assert walker.physics.torso_upright() > 0.9 and pole.physics.pole_angle_cosine().min() > 0.9 and cup.physics.in_target() == 1
+        assert walker.physics.torso_upright() > 0.9 and pole.physics.pole_angle_cosine().min() > 0.9
+        for _ in range(20):  # the ball may still have to fall to the bottom of the cup
+            cup.task.step(cup.task.hold())
+        caught.append(cup.physics.in_target())
+    assert np.mean(caught) >= 0.9
     tilts = []
     for _ in range(20):
         walker.task.spread(rng)
@@ -335,16 +340,15 @@ def test_good_states_are_good(make):
     assert min(tilts) < -0.5 and max(tilts) > 0.5
 
 
-def test_get_state_and_show(make):
-    """A state carries what episodes change in the model, too: the door's frame, the nail's board, the goals' places."""
-    for name in ("walker_walk", *ADROIT):
-        source, copy = make(name, seed=1), make(name, seed=2)
-        source.reset()
-        copy.reset()
-        source.step(source.action_space.sample())
-        source.task.good(np.random.default_rng(1))
-        assert np.array_equal(copy.show(source.get_state(), 0), source.show(source.get_state(), 0)), name
-        assert np.array_equal(copy.segment(envs.task_row(name).prompt), source.segment(envs.task_row(name).prompt))
+@pytest.mark.parametrize("name", ["walker_walk", "door", "pen"])
+def test_get_state_and_show(make, name):
+    """A state carries what episodes change in the model, too: where the door's frame stands, how the target pen lies."""
+    source, copy, prompt = make(name, seed=1), make(name, seed=2), envs.task_row(name).prompt
+    before = source.reset()[0], copy.reset()[0]
+    source.step(source.action_space.sample())
+    state = source.get_state()
+    assert not np.array_equal(before[0]["pixels"], before[1]["pixels"])
+    assert np.array_equal(copy.show(state, 0), source.show(state, 0)) and np.array_equal(copy.segment(prompt), source.segment(prompt))
 
 
 # -------------------------------------------------------------------------------------------------------------- masks and prompts
@@ -444,7 +448,7 @@ def test_unknown_task_names_near_matches(name, near):
 
 
 def test_unknown_setting():
-    with pytest.raises(envs.UserError, match="video_medium.*train, color_easy, color_hard, video_easy, video_hard, procedural"):
+    with pytest.raises(envs.UserError, match=r"video_medium.*train, color_easy, color_hard, video_easy, video_hard, procedural"):
         envs.make_env("walker_walk", "video_medium")
 
 

@@ -1,4 +1,4 @@
-"""The update against METHOD.md: hand-worked numbers, slow loops over samples, where gradients may flow, what each ablation changes; and the replay."""
+"""The update against METHOD.md: numbers by hand, slow loops over samples, where gradients may flow, what each ablation changes; the replay."""
 
 import copy
 import inspect
@@ -15,9 +15,9 @@ import talas_phase2 as phase2
 from envs import UserError
 
 B, A, P = 3, 2, 2  # batch, action and proprioception of most tests
-SMALL = {"hidden_dim": 16, "batch_size": 4, "precision": "fp32", "encoder_strides": (2, 2, 2, 2)}
+SMALL = {"hidden_dim": 16, "batch_size": 4, "precision": "fp32", "encoder": "small"}
 FROZEN = {"critic_lr": 0.0, "actor_lr": 0.0, "alpha_lr": 0.0}
-CALM = {"shift": 0, "init_alpha": 1e-8, **FROZEN}  # update() without chance: no shift, no entropy; `calm` takes the policy's noise away
+CALM = {"shift": 0, "tau": 0.0, "init_alpha": 1e-8, **FROZEN}  # update() without chance; `calm` takes the policy's noise away
 
 
 def jitter(module: nn.Module, scale: float) -> nn.Module:
@@ -72,6 +72,7 @@ def make_constant(agent: rl.Agent, q: tuple[float, float], target_q: tuple[float
 def calm(agent: rl.Agent) -> rl.Agent:
     """The smallest standard deviation that the policy knows, e⁻¹⁰."""
     with torch.no_grad():
+        agent.actor.head.out.weight[A:] = 0
         agent.actor.head.out.bias[A:] = -30
     return agent
 
@@ -190,7 +191,8 @@ def test_update_against_loops(flags):
 
     def augmented(obs):
         tau = 0.5 * obs + 0.5 * 200
-        return torch.cat([tau[3 * k : 3 * k + 3] * agent.masker(tau[None, 3 * k : 3 * k + 3]).sigmoid() / 255 for k in range(3)])
+        masks = [(255 * agent.masker(tau[None, 3 * k : 3 * k + 3]).sigmoid()).round() / 255 for k in range(3)]  # masks are bytes
+        return torch.cat([tau[3 * k : 3 * k + 3] * masks[k] / 255 for k in range(3)])
 
     def f(pixels):
         return agent.encoder(pixels[None])[0]
@@ -208,9 +210,9 @@ def test_update_against_loops(flags):
             if view == "clean" or actor_views == "both":
                 action, _ = slow_act(agent, z[view], batch.proprio[i], no_noise)
                 pi_loss.append(-min(slow_q(agent.critic, z["clean" if judge == "clean" else view], batch.proprio[i], action)))
-    assert metrics["losses/qf_loss"] == pytest.approx(q_loss, rel=2e-3)
-    assert metrics["losses/qf_values"] == pytest.approx(np.mean(q_values), rel=2e-3)
-    assert metrics["losses/actor_loss"] == pytest.approx(np.mean(pi_loss), rel=2e-3)
+    assert metrics["losses/qf_loss"] == pytest.approx(q_loss, rel=5e-4)
+    assert metrics["losses/qf_values"] == pytest.approx(np.mean(q_values), rel=5e-4)
+    assert metrics["losses/actor_loss"] == pytest.approx(np.mean(pi_loss), rel=5e-4)
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.7, -3.0, 9.0, -30.0, 60.0])
@@ -422,13 +424,17 @@ def test_masker_none_leaves_views_whole():
 @torch.no_grad()
 def test_each_view_has_its_own_masker():
     """The stored mask, whoever made it, masks the clean view; the agent's masker the augmented one (overlay)."""
-    agent, batch = make_agent(photo=200, shift=0), make_batch()
-    clean, augmented = agent.views(batch.obs, batch.mask)
-    assert torch.equal(agent.views(batch.obs, 255 - batch.mask)[1], augmented)
-    assert not torch.equal(agent.views(batch.obs, 255 - batch.mask)[0], clean)
+    agent, batch = make_agent(), make_batch()
+
+    def views(mask):
+        torch.manual_seed(0)
+        return agent.views(batch.obs, mask)
+
+    before, other_mask = views(batch.mask), views(255 - batch.mask)
     agent.masker = make_masker(seed=9)
-    assert torch.equal(agent.views(batch.obs, batch.mask)[0], clean)
-    assert not torch.equal(agent.views(batch.obs, batch.mask)[1], augmented)
+    other_masker = views(batch.mask)
+    assert [torch.equal(a, b) for a, b in zip(before, other_mask, strict=True)] == [False, True]
+    assert [torch.equal(a, b) for a, b in zip(before, other_masker, strict=True)] == [True, False]
 
 
 @torch.no_grad()
