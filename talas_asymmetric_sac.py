@@ -514,7 +514,7 @@ def evaluate(agent: Agent, args: Args, setting: Setting, episodes: int, prompt: 
         name = "clean" if setting == "train" else setting
         figures |= {f"iou/{name}": float(np.mean(ious, 0)[0]), f"iou_1px/{name}": float(np.mean(ious, 0)[1])}
     if film:
-        imageio.mimwrite(film, panels, fps=max(5, 1000 // (10 * env.repeat) // 3), macro_block_size=None)
+        imageio.mimwrite(film, panels, fps=25, macro_block_size=None)
     return figures
 
 
@@ -553,17 +553,14 @@ def load_checkpoint(path: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-def pick_precision(args: Args, device: torch.device) -> str:
-    capable = device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return args.precision if args.precision != "auto" else "bf16" if capable else "fp32"
-
-
 def main(args: Args) -> None:
     checkpoint = load_checkpoint(Path(args.evaluate)) if args.evaluate else None
     if checkpoint:  # the agent's own arguments, but for what this evaluation was asked for
         asked = {key: getattr(args, key) for key in ("evaluate", "eval_settings", "eval_episodes", "distractors", "device", "precision")}
         args = replace(checkpoint["args"], **asked)
     args.env = resolve_env_id(args.env)
+    if args.masker == "none" and args.clean_masker:
+        raise UserError(f"--clean-masker {args.clean_masker} goes with a --masker; with --masker none the agent sees whole frames")
     if args.masker == "none" and args.augmentation != "overlay":
         raise UserError(f"--augmentation {args.augmentation} pastes what a mask keeps; with --masker none there is only overlay")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
@@ -572,9 +569,12 @@ def main(args: Args) -> None:
     for setting in settings:  # better an error now than after the training
         make_env(args.env, setting, args.seed, **env_kwargs).close()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    args.precision = pick_precision(args, device)
+    if args.precision == "auto":
+        capable = device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        args.precision = "bf16" if capable else "fp32"
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # or replay would take all its memory at once
 
     env = make_env(args.env, "train", args.seed, **env_kwargs)
     env.action_space.seed(args.seed)
@@ -618,9 +618,16 @@ def main(args: Args) -> None:
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, config=asdict(args), name=run.name, dir=run)
     writer = SummaryWriter(run)
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
-    returns_file = (run / "returns.csv").open("w", newline="", buffering=1)
-    returns = csv.writer(returns_file)
+    returns_file, evaluations_file = ((run / name).open("w", newline="", buffering=1) for name in ("returns.csv", "evaluations.csv"))
+    returns, evaluations = csv.writer(returns_file), csv.writer(evaluations_file)
     returns.writerow(["step", "episode", "return", "length", "success", "seconds"])
+    evaluations.writerow(["step", "figure", "value"])
+
+    def log(figures: dict[str, float], step: int) -> None:
+        for key, value in figures.items():
+            writer.add_scalar(key, value, step)
+            evaluations.writerow([step, key, f"{value:.4f}"])
+
     print(
         f"TaLaS on {args.env}: {args.total_timesteps:,} agent steps × action repeat {env.repeat} = {args.total_timesteps * env.repeat:,} frames; "
         f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}",
@@ -661,8 +668,7 @@ def main(args: Args) -> None:
         if step % args.eval_every == 0 and step < args.total_timesteps:
             before = time.time()
             figures = evaluate_all(agent, args, settings, episodes, prompt, None)
-            for key, value in figures.items():
-                writer.add_scalar(key, value, step)
+            log(figures, step)
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 sample = replay.sample(8)
                 views = [view for view in agent.views(sample.obs, sample.mask) if view is not None]
@@ -677,10 +683,9 @@ def main(args: Args) -> None:
     # ---- the end: the table, the films, the figures
     save_checkpoint(run / "checkpoint.pt", agent, args, args.total_timesteps, prompt)
     figures = evaluate_all(agent, args, settings, episodes, prompt, run)
-    for key, value in figures.items():
-        writer.add_scalar(key, value, args.total_timesteps)
-    writer.close()
-    returns_file.close()
+    log(figures, args.total_timesteps)
+    for file in (writer, returns_file, evaluations_file):
+        file.close()
     figures |= {"train/steps": args.total_timesteps, "train/updates": updates, "train/seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
     films = ", ".join(f"{setting}.mp4" for setting in settings)

@@ -1,0 +1,518 @@
+"""envs.py: videos, keys, colours, photographs and augmentations. Videos are tiny ones made here; DMControl-GB's own where they are at hand."""
+
+import os
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import cv2
+import imageio
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+import envs
+
+LEVELS = (80, 140, 200)  # the three frames of a tiny video
+
+
+def write_video(path, frames):
+    imageio.mimwrite(path, frames, fps=30, quality=9, macro_block_size=8)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Three videos of three frames at each level: video0 red, video2 green, video10 blue, brighter from frame to frame."""
+    root = tmp_path_factory.mktemp("distractors")
+    for level in ("video_easy", "video_hard"):
+        (root / level).mkdir()
+        for channel, number in enumerate((0, 2, 10)):
+            frames = np.zeros((3, 64, 64, 3), np.uint8)
+            frames[..., channel] = np.array(LEVELS)[:, None, None]
+            write_video(root / level / f"video{number}.mp4", frames)
+        (root / level / "notes.txt").write_text("not a video")
+    return str(root)
+
+
+def raw_render(env):
+    """What MuJoCo renders of an environment's model and state, without any background."""
+    with mujoco.Renderer(env.model, 84, 84) as renderer:
+        for _ in range(2):  # an infinite plane is laid out around the camera of the update before
+            renderer.update_scene(env.data, envs.task_row(env.env_id).camera)
+        return renderer.render().copy()
+
+
+def erode(mask, radius=2):
+    kernel = np.ones((2 * radius + 1,) * 2, np.uint8)
+    return cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(bool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- videos
+def test_videos_in_natural_numeric_order(tiny):
+    assert [p.name for p in envs.list_videos(tiny, "video_hard")] == ["video0.mp4", "video2.mp4", "video10.mp4"]
+
+
+@pytest.mark.parametrize("setting", ["video_easy", "video_hard"])
+def test_which_video_and_which_frame(make, tiny, setting):
+    """The first episode shows the second video, the fourth the second again; a step shows its own frame, modulo the length; a reset frame 0."""
+    env = make("cartpole_swingup", setting, distractors=tiny)
+    for episode, channel in enumerate((1, 2, 0, 1)):
+        obs, info = env.reset()
+        colour = obs["pixels"][:, 2, 2].reshape(3, 3).astype(int)  # a corner of the sky, in each frame of the stack
+        assert info["episode"] == episode and (np.abs(colour - LEVELS[0] * np.eye(3)[channel]) < 12).all()
+    shown = [0, 0, 0]
+    for step in range(1, 8):
+        obs = env.step(np.zeros(1))[0]
+        shown.append(step % 3)
+        np.testing.assert_allclose(obs["pixels"][1::3, 2, 2], [LEVELS[t] for t in shown[-3:]], atol=12)  # it moves within a stack
+    state = env.get_state()
+    assert [abs(int(env.show(state, t)[2, 2, 1]) - LEVELS[t % 3]) < 12 for t in range(5)] == [True] * 5
+
+
+def slow_resize(frame, size):
+    """One RGB frame by RL-ViGen's arithmetic, a pixel at a time: /255, bilinear with half-pixel centres and no antialiasing, x255; not yet truncated."""
+    height, width = frame.shape[:2]
+    scaled, out = frame / 255.0, np.empty((size, size, 3))
+    for i in range(size):
+        y = max((i + 0.5) * height / size - 0.5, 0)
+        y0 = int(y)
+        y1, fy = min(y0 + 1, height - 1), y - y0
+        for j in range(size):
+            x = max((j + 0.5) * width / size - 0.5, 0)
+            x0 = int(x)
+            x1, fx = min(x0 + 1, width - 1), x - x0
+            value = (1 - fy) * ((1 - fx) * scaled[y0, x0] + fx * scaled[y0, x1]) + fy * ((1 - fx) * scaled[y1, x0] + fx * scaled[y1, x1])
+            out[i, j] = value * 255
+    return out
+
+
+@pytest.mark.parametrize("source", ["made here", "video_easy", "video_hard"])
+def test_read_video_arithmetic(source, tmp_path, request):
+    if source == "made here":  # noise, not square, larger one way and smaller the other; 35 frames: more than one chunk
+        path = tmp_path / "video.mp4"
+        write_video(path, np.random.default_rng(0).integers(0, 256, (35, 72, 120, 3), np.uint8))
+    else:
+        path = envs.list_videos(request.getfixturevalue("distractors"), source)[1]
+    frames, capture = [], cv2.VideoCapture(str(path))
+    while len(frames) < 35:
+        frames.append(capture.read()[1][..., ::-1])
+    video = envs.read_video(path, 35, 84)
+    assert video.shape == (35, 84, 84, 3) and video.dtype == np.uint8
+    for t in (0, 1, 34):
+        expected = slow_resize(frames[t], 84)
+        tie = np.abs(expected - expected.round()) < 1e-3  # a whole level, as in a flat patch: the last bit decides to which side it is cut
+        assert np.array_equal(video[t][~tie], np.floor(expected[~tie])) and (~tie).mean() > 0.2
+        assert np.abs(video[t][tie] - expected[tie]).max(initial=0) < 1.001
+    assert not np.array_equal(video[0], video[34])
+    assert np.array_equal(envs.read_video(path, 3, 84), video[:3])
+    if source == "made here":
+        assert len(envs.read_video(path, 1000, 84)) == 35
+
+
+def test_a_video_of_the_observations_size_is_shown_as_it_is(tmp_path):
+    path, frames = tmp_path / "video.mp4", np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    write_video(path, frames)
+    capture = cv2.VideoCapture(str(path))
+    assert np.abs(envs.read_video(path, 1, 64)[0].astype(int) - capture.read()[1][..., ::-1]).max() <= 1
+
+
+def test_procedural_video():
+    video = envs.procedural_video(np.random.default_rng(1), 40, 84)
+    assert video.shape == (40, 84, 84, 3) and video.dtype == np.uint8 and video.std() > 10
+    assert np.array_equal(video, envs.procedural_video(np.random.default_rng(1), 40, 84))
+    assert not np.array_equal(video, envs.procedural_video(np.random.default_rng(2), 40, 84))
+    assert all((video[t] != video[t + 10]).mean() > 0.01 for t in range(30))  # it moves
+    image = envs.synthetic_image(np.random.default_rng(1), 84)
+    assert image.shape == (84, 84, 3) and image.dtype == np.uint8 and np.array_equal(image, envs.synthetic_image(np.random.default_rng(1), 84))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ keys
+@pytest.mark.parametrize("name", ["walker_walk", "finger_spin", "door", "unitree_walk"])
+@pytest.mark.parametrize("setting", ["video_easy", "video_hard", "procedural"])
+def test_black_pixels_and_no_others_show_the_background(make, tiny, name, setting):
+    env = make(name, setting, distractors=tiny)
+    env.reset()
+    obs = env.step(np.zeros(env.action_space.shape))[0]
+    raw, frame = raw_render(env), env.render()
+    black = (raw == 0).all(2)
+    assert np.array_equal(obs["pixels"][-3:].transpose(1, 2, 0), frame) and 0.02 < black.mean() < 0.99
+    assert np.array_equal(frame[~black], raw[~black])
+    if setting == "procedural":
+        assert frame[black].any(1).mean() > 0.9 and frame[black].std() > 5
+    else:
+        assert np.array_equal(frame[black], envs.read_video(envs.list_videos(tiny, setting)[1], 3, 84)[1][black])
+
+
+KEYED_SHARE = {"walker_walk": 0.8, "cartpole_swingup": 0.8, "hammer": 0.5, "unitree_walk": 0.4}
+
+
+@pytest.mark.parametrize("name", list(KEYED_SHARE))
+def test_video_hard_leaves_the_robot_alone_and_keys_the_rest(make, tiny, name):
+    train, hard, row = make(name), make(name, "video_hard", distractors=tiny), envs.task_row(name)
+    for env in (train, hard):
+        env.reset()
+    for pose in (lambda rng: None, train.task.spread, train.task.good):
+        pose(np.random.default_rng(3))
+        if train.below_ground:
+            continue  # the A1 on its back: one looks through the floor, which tints it
+        state = train.get_state()
+        clean, shown = train.show(state, 0), hard.show(state, 1)
+        mask = train.segment(row.prompt)
+        assert np.array_equal(mask, hard.segment(row.prompt))
+        core, keyed = erode(mask), (raw_render(hard) == 0).all(2)
+        changed = (clean != shown).any(2)[core].mean() if core.any() else 0  # a cartpole's pole is thinner than 5 px
+        assert changed <= (0.02 if row.loader != "suite" else 0)  # gaps narrower than a pixel show the ground through an antialiased one
+        assert keyed.mean() > KEYED_SHARE[name] and not keyed[core].any()
+        if name == "walker_walk":
+            assert core.sum() > 20
+
+
+def test_video_easy_keeps_the_ground(make, tiny):
+    train, easy, hard = (make("walker_walk", setting, distractors=tiny) for setting in ("train", "video_easy", "video_hard"))
+    for env in (train, easy, hard):
+        env.reset()
+    state = train.get_state()
+    clean, half, gone = (env.show(state, 0) for env in (train, easy, hard))
+    floor, walker = erode(train.segment("the floor")), train.segment("the walker")
+    sky = erode(~train.segment("the floor and the walker"))
+    assert floor.sum() > 500 and sky.sum() > 500 and np.array_equal(clean[erode(walker)], gone[erode(walker)])
+    assert np.array_equal(clean[floor], half[floor]) and (clean[sky] != half[sky]).any(1).all()
+    assert (clean[floor] != gone[floor]).any(1).mean() > 0.9 and np.array_equal(half[sky], gone[sky])
+
+
+def test_a1_keys_sky_and_ground_at_both_levels(make, tiny):
+    train, easy, hard = (make("unitree_walk", setting, distractors=tiny) for setting in ("train", "video_easy", "video_hard"))
+    for env in (train, easy, hard):
+        env.reset()
+    train.task.good(np.random.default_rng(0))
+    state = train.get_state()
+    clean, half, gone = (env.show(state, 0) for env in (train, easy, hard))
+    ground = erode(train.segment("the ground"))
+    assert ground.sum() > 1000 and np.array_equal(half, gone)
+    assert (half[ground] != clean[ground]).any(1).mean() > 0.95
+    assert ((half == envs.read_video(envs.list_videos(tiny, "video_easy")[1], 1, 84)[0]).all(2))[ground].mean() > 0.6  # the rest: its mirror image
+
+
+def test_adroit_keys_floor_and_void_then_the_table(make, tiny):
+    train, easy, hard = (make("door", setting, distractors=tiny) for setting in ("train", "video_easy", "video_hard"))
+    for env in (train, easy, hard):
+        env.reset()
+    state = train.get_state()
+    clean, half, gone = (env.show(state, 0) for env in (train, easy, hard))
+    table = erode(train.segment("the table"))
+    assert table.sum() > 500 and np.array_equal(clean[table], half[table]) and (clean[table] != gone[table]).any(1).all()
+    outside = erode(~train.segment("the hand, the door, the frame and the table"))
+    assert outside.sum() > 50 and (clean[outside] != half[outside]).any(1).mean() > 0.9
+
+
+# --------------------------------------------------------------------------------------------------------------------- colours
+PALETTES = [
+    {"grid_rgb1": [1.0, 0.0, 0.0], "grid_rgb2": [0.0, 0.0, 1.0], "skybox_rgb": [0.0, 1.0, 0.0], "self_rgb": [1.0, 1.0, 1.0]},
+    {"grid_rgb1": [0.0, 1.0, 1.0], "grid_rgb2": [1.0, 1.0, 0.0], "skybox_rgb": [1.0, 0.0, 1.0], "self_rgb": [1.0, 1.0, 1.0]},
+]
+OWN = {  # the colours that the models come with
+    "walker_walk": {"grid_rgb1": [0.1, 0.2, 0.3], "grid_rgb2": [0.2, 0.3, 0.4], "skybox_rgb": [0.4, 0.6, 0.8]},
+    "unitree_walk": {"grid_rgb1": [0.2, 0.3, 0.4], "grid_rgb2": [0.1, 0.2, 0.3], "skybox_rgb": [0.4, 0.6, 0.8]},
+}
+GROUND = {"walker_walk": "grid", "unitree_walk": "ground"}
+
+
+def shown_palette(env):
+    """Which of PALETTES the textures of an environment's model show, ground and sky each by itself."""
+    ground = envs.texture(env.model, GROUND[env.env_id]).reshape(-1, 3)[::7]
+    sky = envs.texture(env.model, "skybox").reshape(-1, 3)[::97].astype(int)
+    by_ground, by_sky = [], []
+    for i, palette in enumerate(PALETTES):
+        one, two, top = (np.array(palette[key]) * 255 for key in ("grid_rgb1", "grid_rgb2", "skybox_rgb"))
+        if (ground == one).all(1).mean() > 0.4 and (ground == two).all(1).mean() > 0.4:  # a checker: half and half, but for its edge
+            by_ground.append(i)
+        coloured = sky[(sky != sky[:, :1]).any(1)]  # not the white marks
+        if (np.abs(coloured - top).max(1) < 3).any() and not coloured[:, top == 0].any():  # from this colour to black
+            by_sky.append(i)
+    assert len(by_ground) == 1 and by_ground == by_sky
+    return by_ground[0]
+
+
+@pytest.mark.parametrize("name", list(GROUND))
+def test_color_settings_show_one_palette_per_episode(make, tmp_path, name):
+    for level in ("easy", "hard"):
+        torch.save(PALETTES if level == "easy" else PALETTES[:1], tmp_path / f"color_{level}.pt")
+    env, seen = make(name, "color_easy", distractors=str(tmp_path)), []
+    for episode in range(10):
+        obs, _ = env.reset()
+        seen.append(shown_palette(env))
+        if episode < 2:
+            assert np.array_equal(obs["pixels"][:3].transpose(1, 2, 0), raw_render(env))  # what was drawn is what is seen
+            env.step(np.zeros(env.action_space.shape))
+            assert shown_palette(env) == seen[-1]
+        if set(seen) == {0, 1} and episode:
+            break
+    assert set(seen) == {0, 1}
+    hard = make(name, "color_hard", distractors=str(tmp_path))  # its own file
+    hard.reset()
+    assert shown_palette(hard) == 0
+
+
+@pytest.mark.parametrize("name", list(GROUND))
+def test_a_models_own_colours_give_its_own_bytes(make, tmp_path, name):
+    torch.save([OWN[name]], tmp_path / "color_easy.pt")
+    train, same = make(name), make(name, "color_easy", distractors=str(tmp_path))
+    assert np.array_equal(train.reset()[0]["pixels"], same.reset()[0]["pixels"])
+    assert np.array_equal(train.model.tex_data, same.model.tex_data)
+
+
+def test_color_settings_are_refused_where_the_textures_are_missing(tmp_path):
+    torch.save(PALETTES, tmp_path / "color_easy.pt")
+    with pytest.raises(envs.UserError, match="hammer") as error:
+        envs.make_env("hammer", "color_easy", distractors=str(tmp_path))
+    assert "\n" not in str(error.value)
+    bare = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")  # every suite task has both textures today
+    with pytest.raises(envs.UserError, match="skybox") as error:
+        envs.texture(bare, "skybox")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("level", ["easy", "hard"])
+def test_the_real_colour_files(distractors, level):
+    palettes = envs.load_colours(Path(distractors) / f"color_{level}.pt")
+    assert len(palettes) == 100
+    for palette in palettes:
+        assert {"grid_rgb1", "grid_rgb2", "skybox_rgb"} <= set(palette)
+        for key in ("grid_rgb1", "grid_rgb2", "skybox_rgb"):
+            assert palette[key].shape == (3,) and palette[key].dtype == np.float64 and 0 <= palette[key].min() <= palette[key].max() <= 1
+    assert len({palette["grid_rgb1"].tobytes() for palette in palettes}) > 50
+
+
+class Hostile:
+    """Unpickled by the ordinary loader, it makes a folder."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "old torch.save", "pickle"])
+def test_a_hostile_colour_file_does_nothing(tmp_path, how):
+    path, target = tmp_path / "color_easy.pt", tmp_path / "made by the pickle"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps([Hostile(target)]))
+    else:
+        torch.save([Hostile(target)], path, _use_new_zipfile_serialization=how == "torch.save")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(envs.UserError, match=re.escape(str(path))) as error:
+            envs.make_env("walker_walk", "color_easy", distractors=str(tmp_path))
+    assert "\n" not in str(error.value) and not target.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x03\x04 cut", "list", "number", "a key is missing", "not a colour", "cut"])
+def test_a_damaged_colour_file(tmp_path, content):
+    path = tmp_path / "color_easy.pt"
+    things = {"list": [], "number": 3, "a key is missing": [{"grid_rgb1": [0.0, 0.0, 0.0]}], "not a colour": [dict.fromkeys(PALETTES[0], "red")]}
+    torch.save(things.get(content, PALETTES * 50), path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(envs.UserError, match=re.escape(str(path))) as error:
+        envs.make_env("walker_walk", "color_easy", distractors=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- folders that do not fit
+def test_settings_without_media(monkeypatch):
+    monkeypatch.delenv("TALAS_DISTRACTORS", raising=False)
+    for setting in ("color_easy", "color_hard", "video_easy", "video_hard"):
+        with pytest.raises(envs.UserError, match=f"{setting}.*TALAS_DISTRACTORS.*procedural"):
+            envs.make_env("walker_walk", setting)
+
+
+def test_the_environment_variable_and_the_argument(make, monkeypatch, tiny, tmp_path):
+    monkeypatch.setenv("TALAS_DISTRACTORS", tiny)
+    by_variable = make("cartpole_swingup", "video_hard").reset()[0]["pixels"]
+    monkeypatch.setenv("TALAS_DISTRACTORS", str(tmp_path))
+    assert np.array_equal(by_variable, make("cartpole_swingup", "video_hard", distractors=tiny).reset()[0]["pixels"])  # the argument goes first
+
+
+@pytest.mark.parametrize("setting", ["color_hard", "video_easy", "video_hard"])
+def test_distractors_without_the_setting_asked_for(tmp_path, setting):
+    folders = {"missing": tmp_path / "missing", "empty": tmp_path / "empty", "partial": tmp_path / "partial", "no videos": tmp_path / "no videos"}
+    folders["empty"].mkdir()
+    (folders["partial"] / "something_else").mkdir(parents=True)
+    (folders["no videos"] / setting).mkdir(parents=True)
+    (folders["no videos"] / setting / "readme.txt").write_text("")
+    for folder in folders.values():
+        with pytest.raises(envs.UserError, match=re.escape(str(folder))) as error:
+            envs.make_env("walker_walk", setting, distractors=str(folder))
+        assert setting in str(error.value) and "\n" not in str(error.value)
+    if setting.startswith("video"):
+        with pytest.raises(envs.UserError, match="something_else"):
+            envs.make_env("walker_walk", setting, distractors=str(folders["partial"]))
+
+
+def test_a_video_that_cannot_be_decoded(make, tmp_path):
+    (tmp_path / "video_hard").mkdir()
+    (tmp_path / "video_hard" / "video0.mp4").write_bytes(b"no video")
+    env = make("cartpole_swingup", "video_hard", distractors=str(tmp_path))
+    with pytest.raises(envs.UserError, match=r"video0\.mp4"):
+        env.reset()
+
+
+# ----------------------------------------------------------------------------------------------------------------- photographs
+def write_photos(folder, n):
+    """Images of one grey each, 10, 20, ..., half of them in a folder below."""
+    (folder / "below").mkdir(parents=True)
+    for i in range(n):
+        suffix = (".png", ".jpg", ".JPEG", ".bmp")[i % 4]
+        cv2.imwrite(str(folder / ("below" if i % 2 else ".") / f"{i}{suffix}"), np.full((40, 60, 3), 10 * (i + 1), np.uint8))
+
+
+def greys(photos):
+    return sorted((photos.float().mean((1, 2, 3)) / 10).round().int().tolist())
+
+
+def test_photographs_are_a_seeded_sample_searched_recursively(tmp_path, capsys):
+    write_photos(tmp_path, 12)
+    everything = envs.load_photographs(str(tmp_path), 5000, 1)
+    assert everything.shape == (12, 3, 128, 128) and everything.dtype == torch.uint8 and greys(everything) == list(range(1, 13))
+    assert "12" in capsys.readouterr().out  # the count is printed
+    some = envs.load_photographs(str(tmp_path), 5, 1)
+    assert len(set(greys(some))) == 5 and torch.equal(some, envs.load_photographs(str(tmp_path), 5, 1))
+    assert len({tuple(greys(envs.load_photographs(str(tmp_path), 5, seed))) for seed in range(8)}) > 3
+    assert re.search(r"\b5\b.*\b12\b", capsys.readouterr().out)
+
+
+def test_a_photograph_is_its_centre_square_in_rgb(tmp_path):
+    image = np.zeros((128, 256, 3), np.uint8)
+    image[:, :64], image[:, 64:192], image[:, 192:] = (0, 255, 0), (10, 20, 200), (0, 255, 0)  # BGR: reddish between two green margins
+    cv2.imwrite(str(tmp_path / "photo.png"), image)
+    photo = envs.read_photograph(tmp_path / "photo.png")
+    assert photo.shape == (128, 128, 3) and photo.dtype == np.uint8 and (photo == (200, 20, 10)).all()
+    cv2.imwrite(str(tmp_path / "tall.png"), image.transpose(1, 0, 2))
+    assert (envs.read_photograph(tmp_path / "tall.png") == (200, 20, 10)).all()
+    cv2.imwrite(str(tmp_path / "grey.png"), image[..., 2])
+    assert (envs.read_photograph(tmp_path / "grey.png") == 200).all()
+
+
+def test_broken_photographs(tmp_path):
+    write_photos(tmp_path, 4)
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    with pytest.warns(UserWarning, match=r"broken\.jpg") as caught:
+        assert greys(envs.load_photographs(str(tmp_path), 5000, 1)) == [1, 2, 3, 4]
+    assert len(caught) == 1
+    only = tmp_path / "only broken ones"
+    only.mkdir()
+    (only / "a.png").write_bytes(b"")
+    (only / "b.jpg").write_bytes(b"not an image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(envs.UserError, match="only broken ones"):
+            envs.load_photographs(str(only), 5000, 1)
+
+
+def test_photograph_folders_that_are_empty_or_missing(tmp_path):
+    (tmp_path / "photo.txt").write_text("not an image")
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(envs.UserError, match=re.escape(str(folder))) as error:
+            envs.load_photographs(str(folder), 10, 1)
+        assert "\n" not in str(error.value)
+
+
+def test_the_real_photographs(overlay_folder):
+    photos = envs.load_photographs(None, 16, 1)  # by TALAS_OVERLAY
+    assert photos.shape == (16, 3, 128, 128) and torch.equal(photos, envs.load_photographs(overlay_folder, 16, 1))
+    assert len({photo.numpy().tobytes() for photo in photos}) == 16 and photos.float().std((1, 2, 3)).median() > 20
+
+
+def test_synthetic_photographs(monkeypatch, capsys):
+    monkeypatch.delenv("TALAS_OVERLAY", raising=False)
+    photos = envs.load_photographs(None, 12, 1)
+    assert photos.shape == (12, 3, 128, 128) and photos.dtype == torch.uint8 and "synthetic" in capsys.readouterr().out
+    assert torch.equal(photos, envs.load_photographs(None, 12, 1)) and not torch.equal(photos, envs.load_photographs(None, 12, 2))
+    assert len({photo.numpy().tobytes() for photo in photos}) == 12 and photos.float().std((1, 2, 3)).min() > 1
+
+
+# --------------------------------------------------------------------------------------------------------------- augmentations
+def test_random_crops():
+    """On a photograph that shows its own coordinates: where each crop lies, how large it is, whether it is flipped."""
+    ramp = torch.arange(128, dtype=torch.uint8)
+    photo = torch.stack([ramp.repeat(128, 1), ramp.repeat(128, 1).T, torch.full((128, 128), 7, dtype=torch.uint8)])[None]
+    torch.manual_seed(0)
+    crops = envs.random_crops(photo, 4000, 8)
+    assert crops.shape == (4000, 3, 8, 8) and crops.dtype == torch.float32 and crops.min() >= 0 and crops.max() <= 127
+    assert torch.allclose(crops[:, 2], torch.tensor(7.0))
+    x, y = crops[:, 0, 4], crops[:, 1, :, 4]  # along a row, along a column
+    width, height = (8 * (values[:, 4] - values[:, 3]) / 128 for values in (x, y))  # with a sign: negative is flipped
+    assert (height > 0).all() and 0.45 < (width < 0).float().mean() < 0.55
+    area, aspect = (width * height).abs(), (width / height).abs()
+    assert area.min() > 0.19 and area.max() < 1.001 and aspect.min() > 0.74 and aspect.max() < 1.34
+    assert area.min() < 0.22 and area.max() > 0.95 and aspect.min() < 0.77 and aspect.max() > 1.3
+    for centre, extent in (((x[:, 3] + x[:, 4]) / 2 + 0.5, width.abs() * 64), ((y[:, 3] + y[:, 4]) / 2 + 0.5, height * 64)):
+        assert (centre - extent).min() > -0.1 and (centre + extent).max() < 128.1  # inside the photograph
+        assert (centre - extent).max() > 40 and centre.std() > 5
+    photos = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 16, 16)
+    shares = torch.bincount(envs.random_crops(photos, 5000, 2).mean((1, 2, 3)).round().long(), minlength=10) / 5000
+    assert (shares - 0.1).abs().max() < 0.03  # any photograph, as often as any other
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(4)
+    obs = torch.randint(0, 256, (5, 9, 6, 6), generator=generator, dtype=torch.uint8)
+    mask = torch.rand(5, 3, 6, 6, generator=generator)
+    photos = torch.randint(0, 256, (7, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return obs, mask, photos
+
+
+def by_loops(kind, obs, mask, image, alpha):
+    out = np.zeros(obs.shape)
+    for b in range(obs.shape[0]):
+        for frame in range(obs.shape[1] // 3):
+            for channel in range(3):
+                for y in range(obs.shape[2]):
+                    for x in range(obs.shape[3]):
+                        o, i, m = float(obs[b, 3 * frame + channel, y, x]), float(image[b, channel, y, x]), float(mask[b, frame, y, x])
+                        out[b, 3 * frame + channel, y, x] = (1 - alpha) * o + alpha * i if kind == "overlay" else m * o + (1 - m) * i
+    return out
+
+
+@pytest.mark.parametrize("kind, alpha", [("overlay", 0.5), ("overlay", 0.2), ("swap", 0.5)])
+def test_overlay_and_swap_against_loops(batch, kind, alpha):
+    obs, mask, photos = batch
+    torch.manual_seed(3)
+    image = envs.random_crops(photos, 5, 6)
+    torch.manual_seed(3)
+    got = envs.augment(obs, mask, photos, kind, alpha)
+    assert got.shape == obs.shape and got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), by_loops(kind, obs, mask, image, alpha), atol=1e-3)
+    torch.manual_seed(3)
+    assert torch.equal(envs.augment(obs.float(), None if kind == "overlay" else mask, photos, kind, alpha), got)
+
+
+def test_one_photograph_over_the_frames_of_a_stack(batch):
+    obs, _, photos = batch
+    nothing = torch.zeros(5, 3, 6, 6)
+    swapped = envs.augment(obs, nothing, photos, "swap")  # nothing kept: the photographs alone
+    assert torch.equal(swapped[:, :3], swapped[:, 3:6]) and torch.equal(swapped[:, :3], swapped[:, 6:])
+    assert len({image.numpy().tobytes() for image in swapped}) == 5  # and one for each sample
+    assert torch.equal(envs.augment(obs, nothing + 1, photos, "swap"), obs.float())
+    assert not torch.equal(envs.augment(obs, nothing, photos, "swap"), swapped)  # drawn anew each time
+
+
+def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
+    n, generator = 6000, torch.Generator().manual_seed(4)
+    obs = torch.randint(0, 256, (n, 6, 4, 4), generator=generator, dtype=torch.uint8)
+    mask = torch.rand(n, 2, 4, 4, generator=generator)
+    photos = torch.randint(0, 256, (7, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    torch.manual_seed(3)
+    image = envs.random_crops(photos, n, 4).repeat(1, 2, 1, 1)
+    torch.manual_seed(3)
+    got, m = envs.augment(obs, mask, photos, "mix", 0.4), mask.repeat_interleave(3, 1)
+    candidates = [obs.float(), 0.6 * obs + 0.4 * image, m * obs + (1 - m) * image]
+    matches = torch.stack([(got - candidate).abs().amax((1, 2, 3)) < 1e-2 for candidate in candidates])
+    assert (matches.sum(0) == 1).all()  # each sample, all its frames, is one of the three
+    assert (matches.float().mean(1) - torch.tensor([0.1, 0.4, 0.5])).abs().max() < 0.025

@@ -1,0 +1,322 @@
+"""The three scripts end to end, as a person starts them, on small budgets; and what they answer to a person's mistakes."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import imageio
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[1]
+RL, PHASE1, PHASE2 = "talas_asymmetric_sac", "talas_phase1", "talas_phase2"
+SETTINGS = ("train", "video_easy", "video_hard") if os.environ.get("TALAS_DISTRACTORS") else ("train", "procedural")
+SMALL = ["--total-timesteps=40", "--hidden-dim=16", "--encoder=small", "--batch-size=4", "--overlay-images=20", "--eval-episodes=1"]
+FAMILIES = {"cartpole_swingup": 50, "hammer": 20, "unitree_walk": 100}  # of each a task, with an action repeat that makes episodes short
+LENGTHS = {"cartpole_swingup": 20, "hammer": 10, "unitree_walk": 10}  # agent steps per episode at that repeat
+
+
+def start(script: str, *args: str, cwd: Path, **env: str | None) -> subprocess.Popen:
+    variables = {key: value for key, value in (os.environ | env).items() if value is not None}
+    command = [sys.executable, str(ROOT / f"{script}.py"), *args]
+    return subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, f"{out}\n{err}"
+    return out
+
+
+def run(script: str, *args: str, cwd: Path) -> str:
+    return finish(start(script, *args, cwd=cwd))
+
+
+def mistake(script: str, *args: str, cwd: Path, code: int = 1, **env: str | None) -> str:
+    """Run what must fail; check that it fails in one line, and leave nothing of a run behind; return the line."""
+    process = start(script, *args, cwd=cwd, **env)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    if code == 1:
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert not list(cwd.glob("runs/*__*")), "a run folder of a run that never was"
+    return err
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert all(math.isfinite(value) for value in figures.values())
+    return figures
+
+
+def returns(folder: Path) -> list[dict[str, str]]:
+    with (folder / "returns.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_film(path: Path, frames: int) -> None:
+    """Camera, mask and what the agent sees, side by side: the third panel is the product of the others."""
+    film = np.stack([np.asarray(frame) for frame in imageio.get_reader(path)]).astype(float)
+    assert film.shape == (frames, 336, 1008, 3)
+    camera, mask, seen = np.split(film, 3, axis=2)
+    assert np.abs(camera * mask / 255 - seen).mean() < 4  # H.264 is lossy
+    assert camera.std() > 5
+    assert np.abs(mask - mask.mean(3, keepdims=True)).mean() < 2  # grey
+
+
+class Trained:
+    """A folder in which the three scripts have been run, one after the other, on one task."""
+
+    def __init__(self, env_id: str, cwd: Path):
+        self.env_id, self.cwd, self.maskers = env_id, cwd, cwd / f"runs/maskers/{env_id}"
+        task, short = f"--env={env_id}", ["--batch-size=4", "--overlay-images=20"]
+        prompt = ["--prompt=the pole"] if env_id == "cartpole_swingup" else []
+        run(PHASE1, task, *short, *prompt, "--frames=8", "--test-frames=4", "--steps=3", cwd=cwd)
+        run(PHASE2, task, *short, "--steps=3", cwd=cwd)
+        self.out = run(RL, task, *SMALL, f"--action-repeat={FAMILIES[env_id]}", cwd=cwd)
+        self.run = only(cwd, "runs/*__talas__1__*")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(env_id): made when first asked for."""
+    made: dict[str, Trained] = {}
+
+    def get(env_id: str) -> Trained:
+        if env_id.startswith("unitree") and not os.environ.get("MENAGERIE_ROOT"):
+            pytest.skip("set MENAGERIE_ROOT to a folder that holds MuJoCo Menagerie's unitree_a1/")
+        if env_id not in made:
+            made[env_id] = Trained(env_id, tmp_path_factory.mktemp(env_id))
+        return made[env_id]
+
+    return get
+
+
+# ------------------------------------------------------------------------------------------------------------ end to end
+@pytest.mark.parametrize("env_id", FAMILIES)
+def test_three_scripts(trained, env_id):
+    t = trained(env_id)
+    shown = {"clean", "overlay", "procedural"} | set(SETTINGS) - {"train"}
+    for phase in ("phase1", "phase2"):
+        folder = only(t.cwd, f"runs/{env_id}__{phase}__1__*")
+        figures = metrics(folder)
+        assert {f"{iou}/{key}" for iou in ("iou", "iou_1px") for key in shown} <= figures.keys()
+        assert figures["train/updates"] == 3
+        assert json.loads((folder / "args.json").read_text())["env"] == env_id
+        assert imageio.imread(folder / "masks.png").shape[2] == 3
+        assert list(folder.glob("events.out.tfevents.*"))
+    with np.load(t.maskers / "frames.npz") as frames:
+        assert frames["train_frames"].shape == (8, 3, 84, 84)
+        assert frames["test_clean"].shape == (4, 3, 84, 84)
+        assert frames["train_frames"].dtype == np.uint8
+
+    prompt = {"cartpole_swingup": "the pole", "hammer": "the hand, the hammer and the nail", "unitree_walk": "the robot"}[env_id]
+    for kind in ("teacher", "student"):
+        checkpoint = torch.load(t.maskers / f"{kind}.pt", weights_only=True)
+        expected = {"kind": kind, "env_id": env_id, "image_size": 84, "prompt": prompt}
+        assert {key: checkpoint[key] for key in expected} == expected
+
+    figures, length = metrics(t.run), LENGTHS[env_id]
+    assert figures["train/steps"] == 40
+    assert figures["train/updates"] == 40 - 26  # learning starts after two thirds
+    for setting in SETTINGS:
+        assert figures[f"eval/{setting}/episodes"] == 1
+        assert figures[f"eval/{setting}/return_std"] == 0
+        assert (f"eval/{setting}/success_rate" in figures) == (env_id == "hammer")
+        assert (
+            0 <= figures[f"iou/{'clean' if setting == 'train' else setting}"] <= figures[f"iou_1px/{'clean' if setting == 'train' else setting}"] <= 1
+        )
+        check_film(t.run / f"{setting}.mp4", length)
+        assert f"\n{setting}" in t.out  # a row of the table
+    rows = returns(t.run)
+    assert [int(row["step"]) for row in rows] == list(range(length, 41, length))
+    assert {int(row["length"]) for row in rows} == {length}
+    assert all(math.isfinite(float(row["return"])) for row in rows)
+    assert {row["success"] for row in rows} <= ({"True", "False"} if env_id == "hammer" else {""})
+    assert json.loads((t.run / "args.json").read_text())["total_timesteps"] == 40
+    assert not [path for path in t.cwd.rglob("*") if path.suffix == ".tmp" or path.name.startswith(".")]
+
+
+def test_evaluate_a_checkpoint(trained, tmp_path):
+    """It carries its masker, and comes to the figures that ended its training."""
+    t = trained("cartpole_swingup")
+    shutil.copy(t.run / "checkpoint.pt", tmp_path / "agent.pt")
+    run(RL, "--evaluate=agent.pt", "--eval-episodes=1", cwd=tmp_path)
+    folder = only(tmp_path, "runs/cartpole_swingup__*")
+    before, after = metrics(t.run), metrics(folder)
+    assert {key: before[key] for key in after} == pytest.approx(after)
+    assert {f"eval/{setting}/return_mean" for setting in SETTINGS} <= after.keys()
+    check_film(folder / "train.mp4", LENGTHS["cartpole_swingup"])
+
+
+def test_one_seed_is_one_run(trained, tmp_path):
+    """The same twice, at once; with intermediate evaluations and every masker flag; and with another seed something else."""
+    t = trained("cartpole_swingup")
+    shutil.copytree(t.maskers, tmp_path / "maskers")
+    args = [*SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--masker-path=maskers", "--eval-settings", "train", "--augmentation=mix"]
+    args += ["--clean-masker=teacher", "--actor-judge=own", "--eval-every=30"]
+    processes = [start(RL, *args, f"--exp-name={name}", f"--seed={seed}", cwd=tmp_path) for name, seed in (("a", 1), ("b", 1))]
+    for process in processes:
+        assert "step 30: train" in finish(process)
+    run(RL, *args, "--exp-name=c", "--seed=2", cwd=tmp_path)
+    rows = {}
+    for name in "abc":
+        folder = only(tmp_path, f"runs/*__{name}__*")
+        figures = {key: value for key, value in metrics(folder).items() if key != "train/seconds"}
+        rows[name] = [row["return"] for row in returns(folder)], figures, torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
+    assert rows["a"][:2] == rows["b"][:2]
+    assert all(torch.equal(value, rows["b"][2]["actor"][key]) for key, value in rows["a"][2]["actor"].items())
+    assert rows["a"][0] != rows["c"][0]
+    assert not (tmp_path / "runs/maskers").exists()  # --masker-path was given
+
+
+def test_without_masker(tmp_path):
+    """SAC with random shift: no masker is made, nothing is masked."""
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "procedural", "--precision=fp32"]
+    run(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, "--overlay=nowhere", cwd=tmp_path)  # clean views look at no photograph
+    folder = only(tmp_path, "runs/*")
+    assert folder.name.startswith("cartpole_swingup__talas__1__")
+    figures = metrics(folder)
+    assert figures["train/updates"] == 14
+    assert {"eval/train/return_mean", "eval/procedural/return_mean"} <= figures.keys()
+    assert not [key for key in figures if "video" in key]
+    film = np.stack([np.asarray(frame) for frame in imageio.get_reader(folder / "train.mp4")])
+    assert film[:, :, 340:668].min() > 250  # the mask is white
+
+
+def test_a_second_run_waits_for_the_first_ones_masker(trained, tmp_path):
+    """Whoever holds the lock makes the masker; another run, started meanwhile, takes what it finds when the lock is free."""
+    t = trained("cartpole_swingup")
+    folder = tmp_path / "runs/maskers/cartpole_swingup"
+    folder.mkdir(parents=True)
+    with FileLock(folder / "lock"):
+        process = start(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--eval-settings", "train", cwd=tmp_path)
+        time.sleep(12)
+        waited = process.poll() is None and not list(tmp_path.glob("runs/*__talas__*"))
+        for name in ("teacher.pt", "student.pt"):
+            shutil.copy(t.maskers / name, folder / name)
+    out = finish(process)
+    assert waited
+    assert "making one" not in out
+    assert not list(tmp_path.glob("runs/*__phase*"))
+    assert metrics(only(tmp_path, "runs/*__talas__*"))["train/updates"] == 14
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+@pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
+def test_unknown_task(script, tmp_path):
+    assert "walker_walk" in mistake(script, "--env=walker_wlak", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "message"),
+    [
+        (RL, ["--env=walker_walk", "--masker-path=nowhere"], "no such masker"),
+        (RL, ["--env=walker_walk", "--masker=none", "--augmentation=swap"], "only overlay"),
+        (RL, ["--env=walker_walk", "--masker=none", "--clean-masker=teacher"], "--clean-masker"),
+        (RL, ["--env=walker_walk", "--masker=none", "--overlay=nowhere"], "nowhere: no such folder"),
+        (RL, ["--env=walker_walk", "--masker=none", "--distractors=.", "--eval-settings", "video_hard"], "video_hard/"),
+        (RL, ["--env=hammer", "--masker=none", "--eval-settings", "color_hard"], "color settings do not apply"),
+        (RL, ["--evaluate=nowhere.pt"], "no such checkpoint"),
+        (RL, ["--env=walker_walk", "--masker=none", "--device=cuda:99"], "cuda:99"),
+        (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
+        (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
+    ],
+)
+def test_mistakes(script, args, message, tmp_path):
+    assert message in mistake(script, *args, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
+def test_mistakes_that_the_command_line_knows(script, tmp_path):
+    assert "--no-such-flag" in mistake(script, "--no-such-flag=1", cwd=tmp_path, code=2)
+
+
+def test_a_video_setting_without_media(tmp_path):
+    message = mistake(RL, "--env=walker_walk", "--masker=none", "--eval-settings", "video_hard", cwd=tmp_path, TALAS_DISTRACTORS=None)
+    assert "video_hard needs" in message
+    assert "TALAS_DISTRACTORS" in message
+
+
+@pytest.mark.parametrize(("script", "flag", "which"), [(RL, "masker-path", "student"), (PHASE2, "maskers", "teacher")])
+def test_a_masker_that_does_not_fit(trained, tmp_path, script, flag, which):
+    """One made for another task; one whose file is damaged, or no masker at all."""
+    folder = tmp_path / "maskers"
+    folder.mkdir()
+    shutil.copy(trained("cartpole_swingup").maskers / f"{which}.pt", folder / f"{which}.pt")
+    assert "made for cartpole_swingup" in mistake(script, "--env=walker_walk", f"--{flag}=maskers", cwd=tmp_path)
+    data = bytearray((folder / f"{which}.pt").read_bytes())
+    (folder / f"{which}.pt").write_bytes(data[: len(data) // 2])
+    assert "not a masker" in mistake(script, "--env=cartpole_swingup", f"--{flag}=maskers", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 half an archive"])
+def test_frames_that_cannot_be_read(trained, tmp_path, content):
+    shutil.copy(trained("cartpole_swingup").maskers / "teacher.pt", tmp_path / "teacher.pt")
+    if content is not None:
+        (tmp_path / "frames.npz").write_bytes(content)
+    message = mistake(PHASE2, "--env=cartpole_swingup", "--maskers=.", cwd=tmp_path)
+    assert "frames.npz: cannot be read" in message
+    assert "run Phase I again" in message
+
+
+def test_a_file_that_is_no_checkpoint(trained, tmp_path):
+    t = trained("cartpole_swingup")
+    (tmp_path / "half.pt").write_bytes((t.run / "checkpoint.pt").read_bytes()[:5000])
+    for path in (tmp_path / "half.pt", t.maskers / "student.pt"):
+        assert "not a checkpoint" in mistake(RL, f"--evaluate={path}", cwd=tmp_path)
+
+
+class Bait:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_hostile_files_are_not_executed(trained, tmp_path):
+    """A masker, a teacher or a checkpoint from elsewhere is data, never code."""
+    t, hit = trained("cartpole_swingup"), tmp_path / "hit"
+    hostile = torch.load(t.maskers / "student.pt", weights_only=True) | {"prompt": Bait(hit)}
+    for name in ("student.pt", "teacher.pt"):
+        torch.save(hostile, tmp_path / name)
+    torch.save(torch.load(t.run / "checkpoint.pt", weights_only=True) | {"prompt": Bait(hit)}, tmp_path / "checkpoint.pt")
+    torch.load(tmp_path / "student.pt", weights_only=False)
+    assert hit.exists()  # the bait works
+    hit.unlink()
+    assert "not a masker" in mistake(RL, "--env=cartpole_swingup", "--masker-path=.", cwd=tmp_path)
+    assert "not a masker" in mistake(PHASE2, "--env=cartpole_swingup", "--maskers=.", cwd=tmp_path)
+    assert "not a checkpoint" in mistake(RL, "--evaluate=checkpoint.pt", cwd=tmp_path)
+    assert not hit.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ --help
+@pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
+def test_help_explains_every_flag(script, tmp_path):
+    out = run(script, "--help", cwd=tmp_path)
+    source = (ROOT / f"{script}.py").read_text()
+    for field in fields(importlib.import_module(script).Args):
+        assert f"--{field.name.replace('_', '-')}" in out, field.name
+        assert f"{field.name}:" in source
+        assert source.split(f"\n    {field.name}:")[1].split("\n")[1].startswith('    """'), f"{field.name} is not documented"
