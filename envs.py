@@ -76,9 +76,10 @@ class Task:
     good: dict[str, tuple[float, float]] = field(default_factory=dict)  # joint ranges that a good policy keeps to, for mask tests
 
 
+_CARTPOLE = {"cart": "cart", "pole": "pole_*", "rail": "rail*", "floor": "floor"}
 _WALKER = {"walker": "torso *thigh *leg *foot", "torso": "torso", "legs": "*thigh *leg *foot", "feet": "*foot", "floor": "floor"}
 _CUP = {"cup": "cup cup_part_*", "ball": "ball", "string": "string", "ground": "ground"}
-_FINGER = {"finger": "proximal distal", "spinner": "spinner", "fingertip": "fingertip", "tip": "tip", "target": "target", "ground": "ground"}
+_FINGER = {"finger": "proximal distal", "spinner": "spinner", "fingertip": "fingertip", "ground": "ground"}
 _CHEETAH = {"cheetah": "torso *thigh *shin *foot", "torso": "torso", "legs": "*thigh *shin *foot", "head": "head", "ground": "ground"}
 _HAND = {"hand": "forearm+", "fingers": "palm+", "forearm": "forearm", "table": "table", "floor": "ground"}
 _A1 = {"robot": "trunk+", "trunk": "trunk", "body": "trunk", "legs": "??_hip+", "front legs": "F?_hip+", "rear legs": "R?_hip+", "hips": "*_hip"}
@@ -90,13 +91,13 @@ _RUNNING = {"rooty": (-0.3, 0.3)} | {f"{leg}{joint}": (-0.4, 0.4) for leg in "bf
 
 # fmt: off
 TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt
-    "cartpole_swingup":  Task("suite", 8, 125, 0, "the cart and the pole", 5000, {"cart": "cart", "pole": "pole_*", "rail": "rail*", "floor": "floor"},
+    "cartpole_swingup":  Task("suite", 8, 125, 0, "the cart and the pole", 5000, _CARTPOLE,
                               good={"hinge_1": (-0.3, 0.3), "slider": (-0.8, 0.8)}),
     "walker_walk":       Task("suite", 4, 250, 0, "the walker", 5000, _WALKER, good=_UPRIGHT),
     "walker_stand":      Task("suite", 4, 250, 0, "the walker", 5000, _WALKER, good=_UPRIGHT),
     "ball_in_cup_catch": Task("suite", 4, 250, 0, "the cup, the ball and the string", 2500, _CUP,
                               spread={"cup_x": (-0.25, 0.25), "cup_z": (-0.2, 0.3), "ball_x": (-0.35, 0.35), "ball_z": (-0.15, 0.7)},
-                              good={"cup_x": (-0.1, 0.1), "cup_z": (-0.05, 0.05), "ball_x": (-0.01, 0.01), "ball_z": (0.33, 0.42)}),
+                              good={"ball_x": (-0.015, 0.015), "ball_z": (0.335, 0.4)}),
     "finger_spin":       Task("suite", 2, 500, 0, "the finger and the spinner", 5000, _FINGER,
                               good={"proximal": (0.2, 1.2), "distal": (-1.2, 0.2), "hinge": (-3.2, 3.2)}),
     "cheetah_run":       Task("suite", 4, 250, 0, "the cheetah", 5000, _CHEETAH, good=_RUNNING),
@@ -207,7 +208,7 @@ class SuiteTask(Textured):
         self._pose(rng, self.row.good, gap=0, everywhere=False)
 
     def _pose(self, rng: np.random.Generator, ranges: dict[str, tuple[float, float]], gap: float, everywhere: bool) -> None:
-        """Joints at random in `ranges`, the others in their own (everywhere) or at rest; a walking robot's lowest point `gap` (m) above the ground."""
+        """Joints at random in `ranges`, the others in their own (everywhere) or at rest; a walking robot `gap` (m) above the ground."""
         self.reset(rng)
         with self.physics.reset_context():
             if everywhere:
@@ -579,9 +580,10 @@ def load_colours(path: Path) -> list[dict[str, np.ndarray]]:
     try:
         with torch.serialization.safe_globals(allowed):
             palettes = torch.load(path, weights_only=True)
-        return [{key: np.clip(np.asarray(value, float), 0, 1) for key, value in palette.items()} for palette in palettes]
+        names = ("grid_rgb1", "grid_rgb2", "skybox_rgb")
+        return [{name: np.clip(np.asarray(palette[name], float).reshape(3), 0, 1) for name in names} for palette in palettes or [{}]]
     except Exception as error:  # a damaged or hostile file fails in many ways; all of them are the file's fault
-        raise UserError(f"{path}: not a DMControl-GB colour file ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a DMControl-GB colour file ({type(error).__name__})") from None
 
 
 def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
