@@ -330,6 +330,10 @@ class Agent(nn.Module):
         self.masker = masker  # the deployed one, frozen
         self.target_entropy = -float(action_dim)
 
+    def autocast(self) -> torch.autocast:
+        """bf16 where asked for. Without the cache of cast weights: the actor would be judged by the critic from before its step."""
+        return torch.autocast(self.log_alpha.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+
     def views(self, obs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The clean and the augmented view of one shifted stack, (B, 9, 84, 84) float in [0, 1] each; obs and mask as in Batch."""
         obs, mask = random_shift(obs, mask, pad=self.args.shift)
@@ -368,7 +372,7 @@ class Agent(nn.Module):
     def update(self, batch: Batch, optimizers: "Optimizers") -> dict[str, torch.Tensor]:
         """One step of critic and encoder, actor, temperature and target. Returns metrics, still on the device."""
         args = self.args
-        with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        with self.autocast():
             with torch.no_grad():
                 clean, augmented = self.views(batch.obs, batch.mask)
                 next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=args.shift))  # a shift of its own
@@ -405,7 +409,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> np.ndarray:
         """(A,) float32: the policy's action for one masked observation, sampled, or its mean."""
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+        with self.autocast():
             sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask)), proprio)
         return (mean_action if mean else sample)[0].cpu().numpy()
 

@@ -237,7 +237,6 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--overlay=nowhere"], "nowhere: no such folder"),
     (RL, [*NO_MASKER, "--distractors=.", "--eval-settings", "video_hard"], "video_hard/"),
     (RL, [*NO_MASKER, "--eval-settings", "video_hard"], "video_hard needs DMControl-GB's media: give --distractors"),
-    (RL, ["--env=hammer", "--masker=none", "--eval-settings", "color_hard"], "color settings do not apply"),
     (RL, [*NO_MASKER, "--device=cuda:99"], "cuda:99"),
     (RL, ["--evaluate=nowhere.pt"], "no such checkpoint"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
