@@ -59,6 +59,16 @@ class UserError(ValueError):
     """Something that the person at the keyboard can mend. The scripts print it as one line and exit with 1."""
 
 
+def pick_device(name: str) -> tuple[torch.device, bool]:
+    """The device called `name` (auto: a GPU if there is one), and whether bf16 is fast on it. Raises UserError if it cannot be used."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
+    return device, device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 # ---------------------------------------------------------------------------------------------------------------- tasks
 @dataclass(frozen=True)
 class Task:
@@ -615,8 +625,10 @@ class TalasEnv(gym.Env):
     ):
         self.env_id, self.setting, self.base_seed, self.distractors = resolve_env_id(env_id), setting, seed, distractors
         self.row = task_row(self.env_id)
-        self.repeat = action_repeat or self.row.repeat
-        self.episode_steps = self.row.steps * self.row.repeat // self.repeat
+        self.repeat = self.row.repeat if action_repeat is None else action_repeat
+        self.episode_steps = self.row.steps * self.row.repeat // max(1, self.repeat)
+        if self.repeat < 1 or self.episode_steps < 1:
+            raise UserError(f"--action-repeat {self.repeat}: an episode of {self.env_id} has {self.row.steps * self.row.repeat} control steps")
         self.size, self.render_mode = image_size, "rgb_array"
         loaders = {"suite": SuiteTask, "unitree": UnitreeTask, "adroit": AdroitTask}
         self.task = loaders[self.row.loader](self.env_id, self.row, **({"reward": reward} if self.row.loader == "adroit" else {}))
@@ -894,21 +906,27 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
 
     overlay (the paper's):  τ(o) = (1 - α) o + α I
     swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
-    mix (ours):             10% clean, 40% overlay, 50% swap
+    mix (ours):             10% clean, 40% overlay, 50% swap; of the swaps, half keep random patches of the scene as well (a rail, a floor: not
+                            everything beside a photograph is the agent), and half have the dark seams that keying leaves around the agent
 
-    obs: (B, 3k, H, W) uint8 or float in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns (B, 3k, H, W) float in [0, 255].
+    obs: (B, 3k, H, W) uint8 or float in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns (B, 3k, H, W) in [0, 255], float.
     """
-    batch, channels, size = obs.shape[0], obs.shape[1], obs.shape[-1]
-    obs = obs.float()
-    image = random_crops(photos, batch, size).repeat(1, channels // 3, 1, 1)
-    overlaid = torch.lerp(obs, image, alpha)
+    batch, size, device = len(obs), obs.shape[-1], obs.device
+    frames = (obs if obs.is_floating_point() else obs.float()).unflatten(1, (-1, 3))  # (B, k, 3, H, W)
+    image = random_crops(photos, batch, size).unsqueeze(1).to(frames.dtype)  # (B, 1, 3, H, W)
     if kind == "overlay":
-        return overlaid
-    swapped = torch.lerp(image, obs, mask.repeat_interleave(3, dim=1).to(obs.dtype))
+        return torch.lerp(frames, image, alpha).flatten(1, 2)
+    keep = mask.to(frames.dtype)  # (B, k, H, W)
     if kind == "swap":
-        return swapped
-    u = torch.rand(batch, 1, 1, 1, device=obs.device)
-    return torch.where(u < 0.1, obs, torch.where(u < 0.5, overlaid, swapped))
+        return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
+    u, patched, seamed = (torch.rand(batch, 1, 1, 1, device=device) for _ in range(3))
+    patches = F.interpolate(torch.randn(batch, 1, 8, 8, device=device), (size, size), mode="bicubic") > torch.randn(batch, 1, 1, 1, device=device)
+    keep = torch.where(patched < 0.5, torch.maximum(keep, patches.to(keep.dtype)), keep)
+    hide = torch.where(seamed < 0.5, F.max_pool2d(keep, 3, stride=1, padding=1), keep)  # where the photograph does not reach
+    swapped = frames * keep.unsqueeze(2) + image * (1 - hide).unsqueeze(2)
+    overlaid = torch.lerp(frames, image, alpha)
+    u = u.unsqueeze(1)
+    return torch.where(u < 0.1, frames, torch.where(u < 0.5, overlaid, swapped)).flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- the sheet

@@ -39,7 +39,7 @@ from filelock import FileLock
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, Setting, UserError, augment, load_photographs, make_env, mask_iou, resolve_env_id
+from envs import Augmentation, Setting, UserError, augment, load_photographs, make_env, mask_iou, pick_device, resolve_env_id
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Args:
     eval_settings: tuple[Setting, ...] | None = None
     """by default train, video_easy, video_hard; without --distractors train, procedural"""
     exp_name: str = "talas"
-    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>"""
+    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ... or auto"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -203,20 +203,22 @@ def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
     return (masker(frames).sigmoid() * 255).round().byte().view(batch, channels // 3, height, width)
 
 
-def apply_mask(stack: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """ψ(o) ⊙ o: (B, 3k, H, W) frames in [0, 255] and (B, k, H, W) masks in [0, 255] -> (B, 3k, H, W) float in [0, 1], channels_last."""
-    product = stack.float() * mask.repeat_interleave(3, dim=1) / 255**2
-    return product.contiguous(memory_format=torch.channels_last)
+def apply_mask(stack: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """ψ(o) ⊙ o: (B, 3k, H, W) frames in [0, 255] and (B, k, H, W) masks in [0, 255] -> (B, 3k, H, W) of `dtype` in [0, 1], channels_last."""
+    product = stack.to(dtype).unflatten(1, (-1, 3)) * (mask / 255**2).to(dtype).unsqueeze(2)
+    return product.flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
     """Shift (B, C_i, H, W) tensors of one dtype together, each sample by a random offset of at most `pad` pixels, edges repeated."""
-    joined = F.pad(torch.cat(stacks, 1), (pad,) * 4, mode="replicate").permute(0, 2, 3, 1)  # (B, H + 2 pad, W + 2 pad, C)
-    batch, (height, width), device = len(joined), stacks[0].shape[-2:], joined.device
-    rows = torch.randint(2 * pad + 1, (batch, 1, 1), device=device) + torch.arange(height, device=device)[:, None]  # (B, H, 1)
-    cols = torch.randint(2 * pad + 1, (batch, 1, 1), device=device) + torch.arange(width, device=device)  # (B, 1, W)
-    shifted = joined[torch.arange(batch, device=device)[:, None, None], rows, cols].permute(0, 3, 1, 2)
-    return list(shifted.split([stack.shape[1] for stack in stacks], dim=1))
+    batch, (height, width) = len(stacks[0]), stacks[0].shape[-2:]
+    rows, cols = (torch.randint(2 * pad + 1, (batch,)).tolist() for _ in range(2))
+    shifted = []
+    for stack in stacks:
+        padded = F.pad(stack, (pad,) * 4, mode="replicate")
+        # Windows into the padded stack, one copy a sample: a gather by index tensors would visit every byte on its own.
+        shifted.append(torch.stack([padded[b, :, rows[b] : rows[b] + height, cols[b] : cols[b] + width] for b in range(batch)]))
+    return shifted
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -329,19 +331,20 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
         self.masker = masker  # the deployed one, frozen
         self.target_entropy = -float(action_dim)
+        self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
 
     def autocast(self) -> torch.autocast:
         """bf16 where asked for. Without the cache of cast weights: the actor would be judged by the critic from before its step."""
-        return torch.autocast(self.log_alpha.device.type, torch.bfloat16, enabled=self.args.precision == "bf16", cache_enabled=False)
+        return torch.autocast(self.log_alpha.device.type, self.dtype, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
 
     def views(self, obs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The clean and the augmented view of one shifted stack, (B, 9, 84, 84) float in [0, 1] each; obs and mask as in Batch."""
         obs, mask = random_shift(obs, mask, pad=self.args.shift)
-        clean = apply_mask(obs, mask)  # c = shift(ψ(o) ⊙ o) = shift(ψ(o)) ⊙ shift(o)
+        clean = apply_mask(obs, mask, self.dtype)  # c = shift(ψ(o) ⊙ o) = shift(ψ(o)) ⊙ shift(o)
         if "both" not in (self.args.critic_views, self.args.actor_views):
             return clean, None
-        augmented = augment(obs, mask / 255, self.photos, self.args.augmentation)  # τ(shift(o))
-        return clean, apply_mask(augmented, mask_stack(self.masker, augmented))  # a = ψ_S(τ(shift(o))) ⊙ τ(shift(o))
+        augmented = augment(obs.to(self.dtype), mask / 255, self.photos, self.args.augmentation)  # τ(shift(o))
+        return clean, apply_mask(augmented, mask_stack(self.masker, augmented), self.dtype)  # a = ψ_S(τ(shift(o))) ⊙ τ(shift(o))
 
     @torch.no_grad()
     def target_q(self, next_z: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -375,7 +378,7 @@ class Agent(nn.Module):
         with self.autocast():
             with torch.no_grad():
                 clean, augmented = self.views(batch.obs, batch.mask)
-                next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=args.shift))  # a shift of its own
+                next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=args.shift), self.dtype)  # a shift of its own
                 target_q = self.target_q(self.encoder(next_clean), batch)
             pixels = clean if augmented is None else torch.cat([clean, augmented])
             z = list(self.encoder(pixels).split(len(clean)))  # z_c, z_a in one pass
@@ -410,7 +413,7 @@ class Agent(nn.Module):
     def act(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> np.ndarray:
         """(A,) float32: the policy's action for one masked observation, sampled, or its mean."""
         with self.autocast():
-            sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask)), proprio)
+            sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask, self.dtype)), proprio)
         return (mean_action if mean else sample)[0].cpu().numpy()
 
 
@@ -443,7 +446,7 @@ class Replay:
     def add_frame(self, obs: dict[str, np.ndarray], mask: torch.Tensor, first: bool) -> None:
         """The newest frame of an observation, and its (H, W) mask."""
         slot = self.n % self.capacity
-        for k in range(self.stack + 1):  # what starts at the frame lost here, or stacks it, is no transition any more
+        for k in range(self.stack):  # what starts at the frame lost here, or stacks it, is no transition any more
             self.valid[(self.n + k) % self.capacity] = False
         self.frames[slot] = torch.from_numpy(obs["pixels"][-3:])
         self.masks[slot] = mask
@@ -463,7 +466,8 @@ class Replay:
         """Stacks (B, 3k, H, W), masks (B, k, H, W) and proprioception of frames by number; before an episode's first frame stands that frame."""
         slots = numbers % self.capacity
         before = torch.maximum(numbers[:, None] + torch.arange(1 - self.stack, 1), self.first[slots][:, None]) % self.capacity  # (B, k)
-        return self.frames[before].flatten(1, 2).to(self.device), self.masks[before].to(self.device), self.proprio[slots].to(self.device)
+        frames, masks = (store.index_select(0, before.flatten()).unflatten(0, before.shape).to(self.device) for store in (self.frames, self.masks))
+        return frames.flatten(1, 2), masks, self.proprio[slots].to(self.device)
 
     def sample(self, batch_size: int) -> Batch:
         slots = torch.zeros(0, dtype=torch.int64)
@@ -567,15 +571,16 @@ def main(args: Args) -> None:
         raise UserError(f"--clean-masker {args.clean_masker} goes with a --masker; with --masker none the agent sees whole frames")
     if args.masker == "none" and args.augmentation != "overlay":
         raise UserError(f"--augmentation {args.augmentation} pastes what a mask keeps; with --masker none there is only overlay")
+    if min(args.total_timesteps, args.batch_size, args.eval_every, args.replay_size // 100) < 1:
+        raise UserError("--total-timesteps, --batch-size and --eval-every have to be at least 1, --replay-size at least 100")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
     env_kwargs = {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
     for setting in settings:  # better an error now than after the training
         make_env(args.env, setting, args.seed, **env_kwargs).close()
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device, bf16_is_fast = pick_device(args.device)
     if args.precision == "auto":
-        capable = device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-        args.precision = "bf16" if capable else "fp32"
+        args.precision = "bf16" if bf16_is_fast else "fp32"
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # or replay would take all its memory at once
@@ -585,7 +590,7 @@ def main(args: Args) -> None:
     obs, _ = env.reset()
     spaces = (obs["pixels"].shape[0], len(obs["proprio"]), env.action_space.shape[0])
     episodes = args.eval_episodes or max(1, min(10, args.total_timesteps // env.episode_steps))
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # runs that start in the same second get folders of their own
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if checkpoint else ''}")
 
     if checkpoint:
@@ -673,10 +678,10 @@ def main(args: Args) -> None:
             before = time.time()
             figures = evaluate_all(agent, args, settings, episodes, prompt, None)
             log(figures, step)
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            with torch.no_grad(), agent.autocast():
                 sample = replay.sample(8)
                 views = [view for view in agent.views(sample.obs, sample.mask) if view is not None]
-            writer.add_images("views/clean_and_augmented", torch.cat([view[:, -3:] for view in views], 3), step)
+            writer.add_images("views/clean_and_augmented", torch.cat([view[:, -3:].float() for view in views], 3), step)
             save_checkpoint(run / "checkpoint.pt", agent, args, step, prompt)
             bar.write(f"step {step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
             evaluation_seconds += time.time() - before

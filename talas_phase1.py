@@ -29,7 +29,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, parse_prompt, resolve_env_id, task_row
+from envs import TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, parse_prompt, pick_device, resolve_env_id, task_row
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Args:
     output: str | None = None
     """where the teacher and its frames go; by default runs/maskers/<env>"""
     exp_name: str = "phase1"
-    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>"""
+    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ... or auto"""
     torch_deterministic: bool = True
@@ -239,13 +239,14 @@ def main(args: Args) -> None:
     args.env = resolve_env_id(args.env)
     prompt = args.prompt or task_row(args.env).prompt
     parse_prompt(prompt)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device, bf16 = pick_device(args.device)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    bf16 = device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))  # else it is slower
 
+    if args.test_frames < 4 or (args.frames or 2) < 2:
+        raise UserError("--frames and --test-frames: at least 2 and 4, so that there is one of each kind")
     output = Path(args.output or f"runs/maskers/{args.env}")
-    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     env = make_env(args.env, "train", args.seed)
     env.reset()
     env.segment(prompt)  # a phrase that the task does not know is an error before anything is written

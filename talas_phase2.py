@@ -28,7 +28,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, UserError, augment, load_photographs, mask_iou, resolve_env_id
+from envs import Augmentation, UserError, augment, load_photographs, mask_iou, pick_device, resolve_env_id
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Args:
     maskers: str | None = None
     """where the teacher and its frames lie and the student goes; by default runs/maskers/<env>"""
     exp_name: str = "phase2"
-    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>"""
+    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ... or auto"""
     torch_deterministic: bool = True
@@ -106,8 +106,8 @@ def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
         raise UserError(f"{path}: no teacher there; run `python talas_phase1.py --env {env_id}` first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["env_id"] != env_id:
-            raise UserError(f"{path} was made for {checkpoint['env_id']}, not for {env_id}")
+        if (checkpoint["env_id"], checkpoint["image_size"]) != (env_id, 84):
+            raise UserError(f"{path} was made for {checkpoint['env_id']} at {checkpoint['image_size']} pixels, not for {env_id} at 84")
         teacher = Masker()
         teacher.load_state_dict(checkpoint["state_dict"])
     except UserError:
@@ -165,21 +165,20 @@ def save_atomically(write, path: Path) -> None:
 def main(args: Args) -> None:
     started = time.time()
     args.env = resolve_env_id(args.env)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device, bf16 = pick_device(args.device)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    bf16 = device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))  # else it is slower
 
     folder = Path(args.maskers or f"runs/maskers/{args.env}")
     teacher, checkpoint = load_teacher(folder / "teacher.pt", args.env)
     try:
         with np.load(folder / "frames.npz", allow_pickle=False) as archive:
             frames, tests = archive["train_frames"], {key[5:]: archive[key] for key in archive.files if key.startswith("test_")}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}/frames.npz: cannot be read ({error}); run Phase I again") from None
     photos = load_photographs(args.overlay, args.overlay_images, args.seed)
     photos = photos[torch.arange(len(photos)) % 10 != 0].to(device)  # every tenth is held out for the overlay test, as in Phase I
-    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
     writer = SummaryWriter(run)
