@@ -203,7 +203,7 @@ def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
     return (masker(frames).sigmoid() * 255).round().byte().view(batch, channels // 3, height, width)
 
 
-def apply_mask(stack: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def apply_mask(stack: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """ψ(o) ⊙ o: (B, 3k, H, W) frames in [0, 255] and (B, k, H, W) masks in [0, 255] -> (B, 3k, H, W) of `dtype` in [0, 1], channels_last."""
     product = stack.to(dtype).unflatten(1, (-1, 3)) * (mask / 255**2).to(dtype).unsqueeze(2)
     return product.flatten(1, 2).contiguous(memory_format=torch.channels_last)

@@ -512,15 +512,29 @@ def test_one_photograph_over_the_frames_of_a_stack(batch):
 
 
 def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
-    n, generator = 6000, torch.Generator().manual_seed(4)
-    obs = torch.randint(0, 256, (n, 6, 4, 4), generator=generator, dtype=torch.uint8)
-    mask = torch.rand(n, 2, 4, 4, generator=generator)
-    photos = torch.randint(0, 256, (7, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    n, generator = 3000, torch.Generator().manual_seed(4)
+    obs = torch.randint(1, 256, (n, 6, 12, 12), generator=generator, dtype=torch.uint8)  # no black, so that seams show
+    mask = torch.zeros(n, 2, 12, 12)
+    mask[:, :, 4:8, 3:7] = 1
+    photos = torch.randint(1, 256, (7, 3, 16, 16), generator=generator, dtype=torch.uint8)
     torch.manual_seed(3)
-    image = envs.random_crops(photos, n, 4).repeat(1, 2, 1, 1)
+    image = envs.random_crops(photos, n, 12).repeat(1, 2, 1, 1)
     torch.manual_seed(3)
     got, m = envs.augment(obs, mask, photos, "mix", 0.4), mask.repeat_interleave(3, 1)
-    candidates = [obs.float(), 0.6 * obs + 0.4 * image, m * obs + (1 - m) * image]
-    matches = torch.stack([(got - candidate).abs().amax((1, 2, 3)) < 1e-2 for candidate in candidates])
-    assert (matches.sum(0) == 1).all()  # each sample, all its frames, is one of the three
-    assert (matches.float().mean(1) - torch.tensor([0.1, 0.4, 0.5])).abs().max() < 0.025
+
+    def pixels(candidate):  # (n, 12, 12): where all channels of all frames are the candidate's
+        return ((got - candidate).abs() < 1e-2).all(1)
+
+    frame, photo, black = pixels(obs.float()), pixels(image), pixels(torch.zeros(()))
+    overlaid, swapped = pixels(0.6 * obs + 0.4 * image).all((1, 2)), pixels(m * obs + (1 - m) * image).all((1, 2))
+    clean = frame.all((1, 2))
+    assert abs(overlaid.float().mean() - 0.4) < 0.03
+    assert 0.08 < clean.float().mean() < 0.16  # the tenth, and the patches that leave the whole scene
+    assert abs(swapped.float().mean() - 0.125) < 0.03  # neither patched nor seamed: a quarter of the half
+    rest = ~overlaid
+    assert (frame | photo | black)[rest].all()  # every other pixel is the scene's, the photograph's, or a seam
+    assert frame[rest][:, 4:8, 3:7].all()  # the agent is always kept
+    beside = torch.nn.functional.max_pool2d(frame.float().unsqueeze(1), 3, stride=1, padding=1).squeeze(1) > 0
+    assert beside[black].all() and black[rest].any()  # seams lie along what is kept
+    patched = rest & ~clean & frame[:, :3].any((1, 2))
+    assert 0.15 < patched.float().mean() < 0.3

@@ -620,7 +620,7 @@ def test_load_teacher(tmp_path):
     assert same(weights(teacher), weights(masker))
     assert not any(p.requires_grad for p in teacher.parameters())
     assert checkpoint["prompt"] == "the hammer"
-    with pytest.raises(UserError, match="made for hammer, not for door"):
+    with pytest.raises(UserError, match="made for hammer at 84 pixels, not for door"):
         phase2.load_teacher(path, "door")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a masker"):
