@@ -38,7 +38,7 @@ class Args:
     seed: int = 1
     """seeds the photographs, the batches and the augmentation"""
     augmentation: Augmentation = "mix"
-    """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, on a photograph; mix: 10% clean, 40% overlay, 50% swap"""
+    """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, on a photograph; mix: both, see envs.augment"""
     steps: int = 2000
     """gradient steps"""
     batch_size: int = 64

@@ -1,0 +1,59 @@
+"""What maskers keep, in one picture and one table, from the test frames and metrics that the phases left. No training.
+
+python benchmarks/masks.py --envs walker_walk cartpole_swingup hammer unitree_walk --output results/masks
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from talas_phase2 import Masker, predict
+
+
+@dataclass
+class Args:
+    envs: tuple[str, ...]
+    """tasks whose maskers lie in runs/maskers/<env>"""
+    output: str = "results/masks"
+    """writes <output>.png and <output>.csv"""
+    settings: tuple[str, ...] = ("clean", "procedural")
+    """the picture's settings: the project's own backgrounds, so that it can be shown anywhere"""
+
+
+def main(args: Args) -> None:
+    rows, table = [], []
+    for env_id in args.envs:
+        folder = Path(f"runs/maskers/{env_id}")
+        masker = Masker()
+        masker.load_state_dict(torch.load(folder / "student.pt", weights_only=True)["state_dict"])
+        with np.load(folder / "frames.npz", allow_pickle=False) as archive:
+            n = len(archive["test_masks"])
+            chosen, cells = [n // 8, 5 * n // 8, 7 * n // 8], []
+            for setting in args.settings:
+                frames = archive[f"test_{setting}"][chosen]
+                kept = (frames * (predict(masker, frames, torch.device("cpu")) > 0.5)[:, None]).astype(np.uint8)
+                cells += [image for pair in zip(frames, kept, strict=True) for image in pair]
+        rows.append(np.concatenate(cells, axis=2))
+        for phase in ("phase1", "phase2"):
+            runs = sorted(Path("runs").glob(f"{env_id}__{phase}__*/metrics.json"), key=lambda path: path.stat().st_mtime)
+            arguments, figures = (json.loads((runs[-1].parent / name).read_text()) for name in ("args.json", "metrics.json"))
+            for key in (key for key in figures if key.startswith("iou")):
+                table.append([env_id, phase, arguments["seed"], key, f"{figures[key]:.4f}", arguments["steps"], f"{figures['seconds']:.0f}"])
+    sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
+    cv2.imwrite(f"{args.output}.png", cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    with Path(f"{args.output}.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([["env", "phase", "seed", "figure", "value", "steps", "seconds"], *table])
+    print(f"written: {args.output}.png, {args.output}.csv")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
