@@ -31,12 +31,11 @@ from typing import Any, ClassVar, Literal
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; has to be set before MuJoCo is imported
+GL_HINT = f"with MUJOCO_GL={os.environ.get('MUJOCO_GL')}; unset it, and on Debian or Ubuntu apt-get install libegl1 libgl1"
 try:
     import mujoco
 except Exception as error:  # PyOpenGL fails in many ways when there is no EGL, so nothing narrower would do
-    sys.exit(
-        f"error: MuJoCo cannot start its GL backend ({os.environ.get('MUJOCO_GL')}): {error}. On Debian or Ubuntu: apt-get install libegl1 libgl1"
-    )
+    sys.exit(f"error: MuJoCo cannot start its GL backend ({error}) {GL_HINT}")
 
 import cv2
 import gymnasium as gym
@@ -655,9 +654,7 @@ class TalasEnv(gym.Env):
         if self.setting == "train":
             return
         if self.setting != "procedural" and not self.distractors:
-            raise UserError(
-                f"{self.setting} needs DMControl-GB's media: give --distractors FOLDER or set TALAS_DISTRACTORS (`procedural` needs none)"
-            )
+            raise UserError(f"{self.setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
         if self.setting.startswith("color"):
             self.task.recolour(load_colours(Path(self.distractors) / f"{self.setting}.pt")[0])  # refuses a task without the textures at once
         else:
@@ -716,9 +713,7 @@ class TalasEnv(gym.Env):
             try:
                 self._renderer = mujoco.Renderer(self.model, self.size, self.size)
             except Exception as error:  # what a missing driver raises depends on the backend
-                raise UserError(
-                    f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}. On Debian or Ubuntu: apt-get install libegl1 libgl1"
-                ) from None
+                raise UserError(f"MuJoCo cannot render ({error}) {GL_HINT}") from None
             self._release = weakref.finalize(self, self._renderer.close)  # left to the interpreter's exit, EGL complains
         # Twice for an infinite plane, which MuJoCo lays out around the camera of the update before: a frame would depend on history.
         for _ in range(2 if self.row.loader == "unitree" else 1):
