@@ -31,11 +31,11 @@ from typing import Any, ClassVar, Literal
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; has to be set before MuJoCo is imported
-GL_HINT = f"with MUJOCO_GL={os.environ.get('MUJOCO_GL')}; unset it, and on Debian or Ubuntu apt-get install libegl1 libgl1"
 try:
     import mujoco
 except Exception as error:  # PyOpenGL fails in many ways when there is no EGL, so nothing narrower would do
-    sys.exit(f"error: MuJoCo cannot start its GL backend ({error}) {GL_HINT}")
+    gl = os.environ.get("MUJOCO_GL")
+    sys.exit(f"error: MuJoCo cannot start with MUJOCO_GL={gl} ({error}): unset it; on Debian or Ubuntu apt-get install libegl1 libgl1")
 
 import cv2
 import gymnasium as gym
@@ -713,7 +713,8 @@ class TalasEnv(gym.Env):
             try:
                 self._renderer = mujoco.Renderer(self.model, self.size, self.size)
             except Exception as error:  # what a missing driver raises depends on the backend
-                raise UserError(f"MuJoCo cannot render ({error}) {GL_HINT}") from None
+                gl = os.environ.get("MUJOCO_GL")
+                raise UserError(f"MUJOCO_GL={gl} cannot render ({error}): unset it; on Debian or Ubuntu apt-get install libegl1 libgl1") from None
             self._release = weakref.finalize(self, self._renderer.close)  # left to the interpreter's exit, EGL complains
         # Twice for an infinite plane, which MuJoCo lays out around the camera of the update before: a frame would depend on history.
         for _ in range(2 if self.row.loader == "unitree" else 1):
