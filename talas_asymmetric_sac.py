@@ -75,7 +75,7 @@ class Args:
     batch_size: int = 128
     """transitions per update"""
     learning_starts: int = 1000
-    """random agent steps before the first update; at most two thirds of a short run"""
+    """random agent steps before the first update; at most three quarters of a short run"""
     updates_per_step: float = 1.0
     """updates per agent step (SADA: 0.5)"""
     catch_up: bool = False
@@ -615,7 +615,7 @@ def main(args: Args) -> None:
     agent = Agent(args, *spaces, masker, photos).to(device)
     optimizers = Optimizers(agent, args)
     replay = Replay(min(args.replay_size, args.total_timesteps + args.total_timesteps // env.episode_steps + 8), obs, spaces[2], device)
-    learning_starts = min(args.learning_starts, 2 * args.total_timesteps // 3)
+    learning_starts = min(args.learning_starts, 3 * args.total_timesteps // 4)
 
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
