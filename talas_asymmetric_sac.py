@@ -27,7 +27,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import imageio
 import numpy as np
@@ -94,8 +94,8 @@ class Args:
     """the target critic moves this share of the way at each update"""
     shift: int = 4
     """random shift of replayed observations, pixels (DrQ)"""
-    encoder: Literal["sada", "small"] = "sada"
-    """sada: four 3×3 convolutions, the first with stride 2; small: 4×4 patches first, at a tenth of the cost, for small tasks on a CPU"""
+    encoder: Literal["sada", "medium", "small"] = "sada"
+    """sada: four 3×3 convolutions, the first with stride 2; medium: the second as well, a third of the cost; small: 4×4 patches first, a tenth"""
     hidden_dim: int = 1024
     """width of the actor's and the critics' two hidden layers"""
     replay_size: int = 500_000
@@ -231,10 +231,16 @@ def orthogonal(module: nn.Module) -> None:
 class Encoder(nn.Module):
     """f: (B, 9, 84, 84) in [0, 1] -> (B, D). Black, which is what a mask leaves of the background, is zero."""
 
-    def __init__(self, channels: int, kind: Literal["sada", "small"]):
+    SHAPES: ClassVar[dict[str, list[tuple[int, int]]]] = {  # (kernel, stride) of each layer
+        "sada": [(3, 2), (3, 1), (3, 1), (3, 1)],  # D = 39,200
+        "medium": [(3, 2), (3, 2), (3, 1), (3, 1)],  # D = 8,192
+        "small": [(4, 4), (3, 2), (3, 1)],  # D = 2,048
+    }
+
+    def __init__(self, channels: int, kind: str):
         super().__init__()
         layers: list[nn.Module] = []
-        for kernel, stride in {"sada": [(3, 2), (3, 1), (3, 1), (3, 1)], "small": [(4, 4), (3, 2), (3, 1)]}[kind]:  # to 39,200 or 2,048 numbers
+        for kernel, stride in self.SHAPES[kind]:
             layers += [nn.Conv2d(channels, 32, kernel, stride), nn.ReLU()]
             channels = 32
         self.convs = nn.Sequential(*layers, nn.Flatten())
