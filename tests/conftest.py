@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # as envs.py does: a test may import MuJoCo before it
 
 
 def media(variable, what):
