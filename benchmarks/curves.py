@@ -1,10 +1,9 @@
-"""Learning curves of finished runs, as one CSV and one PNG.
+"""Learning curves of runs, finished or not, as one CSV and one PNG.
 
 python benchmarks/curves.py --runs runs/<run> runs/<run> --labels TaLaS "no masker" --output results/cartpole
 """
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +40,8 @@ def main(args: Args) -> None:
             line = axes.plot(steps[args.window - 1 :], smooth, alpha=0.6, label=f"{label}: training episodes, mean of {args.window}")[0]
             figures = list(csv.DictReader((Path(run) / "evaluations.csv").open()))
             writer.writerows([label, row["figure"], row["step"], row["value"]] for row in figures)
-            settings = json.loads((Path(run) / "metrics.json").read_text())
-            for setting, style in zip([k.split("/")[1] for k in settings if k.endswith("return_mean")], ("o-", "s--", "^:"), strict=False):
+            settings = dict.fromkeys(row["figure"].split("/")[1] for row in figures if row["figure"].endswith("/return_mean"))
+            for setting, style in zip(settings, ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False):
                 points = [(float(row["step"]), float(row["value"])) for row in figures if row["figure"] == f"eval/{setting}/return_mean"]
                 axes.plot(*zip(*points, strict=True), style, color=line.get_color(), label=f"{label}: mean policy, {setting}")
     axes.set_xlabel("agent steps")

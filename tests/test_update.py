@@ -408,7 +408,7 @@ def test_augmentation_flags():
     torch.manual_seed(0)
     view = agent.views(batch.obs, batch.mask)[1] * 255
     kinds = torch.stack([(view - tau).abs().amax((1, 2, 3)) < 0.01 for tau in (o, 0.5 * o + 0.5 * 200, m * o + (1 - m) * 200)])
-    assert (kinds.sum(0) == 1).all()
+    assert (kinds.sum(0) <= 1).all()  # the others are swaps with patches or seams: test_backgrounds has their shares
     assert (kinds.sum(1) > 0).all()  # some of each
 
 
