@@ -115,7 +115,7 @@ class Args:
     eval_every: int = 25_000
     """agent steps between evaluations; one always ends the run"""
     eval_episodes: int | None = None
-    """episodes per setting, with the policy's mean action; by default 10, fewer when the whole run has fewer"""
+    """episodes per setting, with the policy's mean action; by default 10, or half as many as a short run has"""
     eval_settings: tuple[Setting, ...] | None = None
     """by default train, video_easy, video_hard; without --distractors train, procedural"""
     exp_name: str = "talas"
@@ -595,7 +595,7 @@ def main(args: Args) -> None:
     env.action_space.seed(args.seed)
     obs, _ = env.reset()
     spaces = (obs["pixels"].shape[0], len(obs["proprio"]), env.action_space.shape[0])
-    episodes = args.eval_episodes or max(1, min(10, args.total_timesteps // env.episode_steps))
+    episodes = args.eval_episodes or max(1, min(10, args.total_timesteps // (2 * env.episode_steps)))
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # runs that start in the same second get folders of their own
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if checkpoint else ''}")
 
