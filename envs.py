@@ -46,9 +46,7 @@ import torch.nn.functional as F
 import tyro
 from dm_control import suite
 from dm_control.suite import common
-from dm_control.suite.utils.randomizers import randomize_limited_and_rotational_joints
 from dm_control.utils import rewards
-from scipy.spatial.transform import Rotation
 
 Setting = Literal["train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural"]
 SETTINGS: tuple[Setting, ...] = ("train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural")
@@ -80,9 +78,7 @@ class Task:
     prompt: str  # the default prompt of Phase I
     mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow
     vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model, see TalasEnv._lookup
-    spread: dict[str, tuple[float, float]] = field(default_factory=dict)  # ranges of the joints that have none, for mask training
     hold: int = 0  # control steps for which the goal has to hold in an episode that counts as a success (Adroit)
-    good: dict[str, tuple[float, float]] = field(default_factory=dict)  # joint ranges that a good policy keeps to, for mask tests
 
 
 _CARTPOLE = {"cart": "cart", "pole": "pole_*", "rail": "rail*", "floor": "floor"}
@@ -93,23 +89,15 @@ _CHEETAH = {"cheetah": "torso *thigh *shin *foot", "torso": "torso", "legs": "*t
 _HAND = {"hand": "forearm+", "fingers": "palm+", "forearm": "forearm", "table": "table", "floor": "ground"}
 _A1 = {"robot": "trunk+", "trunk": "trunk", "body": "trunk", "legs": "??_hip+", "front legs": "F?_hip+", "rear legs": "R?_hip+", "hips": "*_hip"}
 _A1 |= {"thighs": "*_thigh", "calves": "*_calf", "feet": "*_calf", "ground": "floor", "floor": "floor"}  # the feet one sees are the calf's mesh
-_UPRIGHT = {"rooty": (-0.2, 0.2)} | {
-    f"{side}_{joint}": span for side in ("left", "right") for joint, span in (("hip", (-0.3, 0.7)), ("knee", (-0.8, 0)), ("ankle", (-0.3, 0.3)))
-}
-_RUNNING = {"rooty": (-0.3, 0.3)} | {f"{leg}{joint}": (-0.4, 0.4) for leg in "bf" for joint in ("thigh", "shin", "foot")}
 
 # fmt: off
 TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt
-    "cartpole_swingup":  Task("suite", 8, 125, 0, "the cart and the pole", 5000, _CARTPOLE,
-                              good={"hinge_1": (-0.3, 0.3), "slider": (-0.8, 0.8)}),
-    "walker_walk":       Task("suite", 4, 250, 0, "the walker", 5000, _WALKER, good=_UPRIGHT),
-    "walker_stand":      Task("suite", 4, 250, 0, "the walker", 5000, _WALKER, good=_UPRIGHT),
-    "ball_in_cup_catch": Task("suite", 4, 250, 0, "the cup, the ball and the string", 2500, _CUP,
-                              spread={"cup_x": (-0.25, 0.25), "cup_z": (-0.2, 0.3), "ball_x": (-0.35, 0.35), "ball_z": (-0.15, 0.7)},
-                              good={"ball_x": (-0.015, 0.015), "ball_z": (0.335, 0.4)}),
-    "finger_spin":       Task("suite", 2, 500, 0, "the finger and the spinner", 5000, _FINGER,
-                              good={"proximal": (0.2, 1.2), "distal": (-1.2, 0.2), "hinge": (-3.2, 3.2)}),
-    "cheetah_run":       Task("suite", 4, 250, 0, "the cheetah", 5000, _CHEETAH, good=_RUNNING),
+    "cartpole_swingup":  Task("suite", 8, 125, 0, "the cart and the pole", 5000, _CARTPOLE),
+    "walker_walk":       Task("suite", 4, 250, 0, "the walker", 5000, _WALKER),
+    "walker_stand":      Task("suite", 4, 250, 0, "the walker", 5000, _WALKER),
+    "ball_in_cup_catch": Task("suite", 4, 250, 0, "the cup, the ball and the string", 2500, _CUP),
+    "finger_spin":       Task("suite", 2, 500, 0, "the finger and the spinner", 5000, _FINGER),
+    "cheetah_run":       Task("suite", 4, 250, 0, "the cheetah", 5000, _CHEETAH),
     "unitree_walk":      Task("unitree", 2, 500, "mounted", "the robot", 800, _A1),
     "unitree_stand":     Task("unitree", 2, 500, "mounted", "the robot", 800, _A1),
     "pen":               Task("adroit", 2, 100, "vil_camera", "the hand, the pen and the target", 1500,
@@ -175,13 +163,6 @@ class Textured:
     def proprio(self) -> np.ndarray:
         return np.zeros(0, np.float32)
 
-    def lowest(self) -> float:
-        """The height (m) of the robot's lowest point: over its geoms' boxes (centre, half sizes), along the world's z."""
-        mujoco.mj_kinematics(self.model, self.data)
-        robot = np.flatnonzero(self.model.geom_bodyid > 0)
-        up, box = self.data.geom_xmat[robot, 6:], self.model.geom_aabb[robot]
-        return float(np.min(self.data.geom_xpos[robot, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1)))
-
 
 class SuiteTask(Textured):
     """A task of dm_control's suite."""
@@ -207,27 +188,6 @@ class SuiteTask(Textured):
         """One control step of an action in [-1, 1]. Returns (reward, terminated, info)."""
         timestep = self.env.step(self.low + (action + 1) / 2 * (self.high - self.low))
         return float(timestep.reward or 0), timestep.discount == 0, {}
-
-    def spread(self, rng: np.random.Generator) -> None:
-        """A state from anywhere in the joints' ranges, any root pose: what a random policy never shows a masker."""
-        self._pose(rng, self.row.spread, gap=rng.uniform(0, 0.3), everywhere=True)
-
-    def good(self, rng: np.random.Generator) -> None:
-        """A state that a good policy visits: upright walker, upright pole, ball in the cup."""
-        self._pose(rng, self.row.good, gap=0, everywhere=False)
-
-    def _pose(self, rng: np.random.Generator, ranges: dict[str, tuple[float, float]], gap: float, everywhere: bool) -> None:
-        """Joints at random in `ranges`, the others in their own (everywhere) or at rest; a walking robot `gap` (m) above the ground."""
-        self.reset(rng)
-        with self.physics.reset_context():
-            if everywhere:
-                randomize_limited_and_rotational_joints(self.physics, self.env.task.random)
-            elif ranges:
-                self.data.qpos[:] = self.model.qpos0
-            for joint, span in ranges.items():
-                self.physics.named.data.qpos[joint] = rng.uniform(*span)
-            if mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_JOINT, "rootz") >= 0:
-                self.physics.named.data.qpos["rootz"] += gap - self.lowest()
 
 
 # RL-ViGen's A1. Position targets (rad) per leg (abduction, hip, knee), legs FR, FL, RR, RL; the walk's reference targets q0; the stand's start.
@@ -323,47 +283,17 @@ class UnitreeTask(Textured):
     def hold(self) -> np.ndarray:
         return 2 * (self.data.ctrl - self.low) / (self.high - self.low) - 1  # the present targets, in [-1, 1]
 
-    def spread(self, rng: np.random.Generator) -> None:
-        """Joints over their whole ranges; half the robots upright, the others tumbled or on the back."""
-        low, high = self.model.jnt_range[1:].T
-        for _ in range(50):  # legs that cross deeply would be thrown apart
-            roll = rng.choice([0.0, 0.0, rng.uniform(-np.pi, np.pi), np.pi])
-            self._place(rng, rng.uniform(low, high), tilt=0.3, roll=roll, clearance=rng.exponential(0.05))
-            if self.data.ncon == 0 or self.data.contact.dist.min() > -0.005:
-                return
-
-    def good(self, rng: np.random.Generator) -> None:
-        """On its feet at 0.25 to 0.38 m, diagonal legs at different points of a stride."""
-        phase = rng.uniform(0, 2 * np.pi) + np.array([0, np.pi, np.pi, 0])
-        knee = -rng.uniform(0.92, 1.8) - 0.3 * np.maximum(np.sin(phase), 0)  # the thigh makes up for half of it, so that the foot is under the hip
-        joints = np.stack([rng.normal(0, 0.08, 4), -knee / 2 + 0.25 * np.cos(phase) + rng.normal(0, 0.05, 4), knee], 1)
-        self._place(rng, joints.ravel(), tilt=0.04, roll=0.0, clearance=0.0)
-
-    def _place(self, rng: np.random.Generator, joints: np.ndarray, tilt: float, roll: float, clearance: float) -> None:
-        """These leg joints; the root where an episode can get, any yaw, a random tilt (rad), its lowest point `clearance` (m) above the ground."""
-        mujoco.mj_resetData(self.model, self.data)
-        turn = Rotation.from_euler("ZYX", [rng.uniform(-np.pi, np.pi), rng.normal(0, tilt), roll + rng.normal(0, tilt)])
-        place = rng.uniform(-2, 10 if self.walk else 2), rng.uniform(-2, 2), 0  # at x = 10 m, where a walk can get, the light is dimmer
-        self.data.qpos[:] = *place, *turn.as_quat(scalar_first=True), *joints
-        self.data.qpos[2] = clearance - self.lowest()
-        self.data.ctrl[:] = np.clip(joints, self.low, self.high)
-        mujoco.mj_forward(self.model, self.data)
-
 
 # Adroit: where the 24 hand joints start in qpos; VRL3's divisor of the dense reward; the camera's position and Euler angles (pen, door and hammer
 # the benchmark's, relocate ours: from the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
+# fmt: off
 _ADROIT: dict[str, dict[str, Any]] = {
-    "pen": {"hand": 0, "scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None, "goal": ("S_grasp", "S_grasp")},
-    "door": {"hand": 4, "scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle"), "goal": ("S_grasp", "S_handle")},
-    "hammer": {"hand": 2, "scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object"), "goal": ("tool", "S_target")},
-    "relocate": {
-        "hand": 6,
-        "scale": 30,
-        "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)),
-        "palm_to": ("body", "Object"),
-        "goal": ("S_grasp", "target"),
-    },
+    "pen":      {"hand": 0, "scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
+    "door":     {"hand": 4, "scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle")},
+    "hammer":   {"hand": 2, "scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object")},
+    "relocate": {"hand": 6, "scale": 30, "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)), "palm_to": ("body", "Object")},
 }
+# fmt: on
 
 
 class AdroitTask:
@@ -381,9 +311,6 @@ class AdroitTask:
         camera, (position, euler) = self.model.cam("vil_camera"), self.spec["camera"]
         camera.pos, camera.fovy = position, 45
         mujoco.mju_euler2Quat(camera.quat, np.array(euler, float), "xyz")
-        hand = self.spec["hand"]
-        self.arm, self.hand, self.fingers = np.arange(hand), np.arange(hand, hand + 24), np.arange(hand + 2, hand + 24)  # joint i is qpos[i]
-        self.motor = self.model.actuator_trnid[:, 0]  # the joint that each actuator drives
         self.reset(np.random.default_rng(0))
 
     def key(self, level: Literal["easy", "hard"]) -> None:
@@ -418,95 +345,10 @@ class AdroitTask:
 
     def proprio(self) -> np.ndarray:
         """(24,) the hand's joint angles (rad)."""
-        return self.data.qpos[self.hand].astype(np.float32)
+        return self.data.qpos[self.spec["hand"] : self.spec["hand"] + 24].astype(np.float32)
 
     def hold(self) -> np.ndarray:
         return np.clip((self.data.ctrl - self.env.act_mean) / self.env.act_rng, -1, 1)
-
-    def spread(self, rng: np.random.Generator) -> None:
-        """Arm and fingers anywhere in their ranges; the door at any angle, the object in or near the hand, in the air or on the table."""
-        self.reset(rng)
-        for _ in range(50):  # until nothing is stuck inside anything else
-            self._uniform(rng, self.arm, 1)
-            self._uniform(rng, self.hand, rng.uniform(0.2, 1))
-            self._scatter(rng, rng.choice(["hand", "hand", "air", "table"]))
-            if self._clear():
-                break
-        self._aim_motors()
-
-    def good(self, rng: np.random.Generator) -> None:
-        """The object gripped near its goal, or the hand on the door's handle: of sixty random arms and wrists, one that is near."""
-        self.reset(rng)
-        start, candidates = self.data.qpos.copy(), []
-        for _ in range(60):
-            self.data.qpos[:] = start
-            self._uniform(rng, np.arange(len(self.arm) + 2), 0.3 if self.env_id == "pen" else 1)
-            self._scatter(rng, "grip")
-            mujoco.mj_kinematics(self.model, self.data)
-            here, there = (self.data.site(site).xpos for site in self.spec["goal"])
-            candidates.append((np.linalg.norm(here - there) * rng.uniform(1, 2), self.data.qpos.copy()))  # not always the very nearest
-        for _, pose in sorted(candidates, key=lambda candidate: candidate[0]):
-            self.data.qpos[:] = pose
-            if self._clear():
-                break
-        self._grip(rng)
-
-    def _scatter(self, rng: np.random.Generator, where: Literal["hand", "grip", "air", "table"]) -> None:
-        """Put the task's own joints somewhere: the door's; or the nail's and the object's, whose last six are slides and Euler hinges."""
-        if self.env_id == "door":
-            self.data.qpos[-2:] = rng.uniform(0, 1.57) * (rng.random() < 0.8), rng.uniform(0, 1.8)  # hinge, latch
-            return
-        if self.env_id == "hammer":
-            self.data.qpos[-7] = rng.uniform(0, 0.09) * (rng.random() < 0.7)  # the nail
-        body = self.model.body("Object")
-        rest = Rotation.from_quat(body.quat, scalar_first=True)
-        mujoco.mj_kinematics(self.model, self.data)
-        palm = self.data.body("palm")  # its axes: x to the index finger, -y out of the palm, z to the fingertips
-        axes, spot = palm.xmat.reshape(3, 3), np.array([0.007, -0.05, 0.075])  # the middle of a fist
-        turn = Rotation.random(rng=rng)
-        if where == "air":
-            position = rng.uniform((-0.2, -0.35, 0.1), (0.2, 0.2, 0.4))
-        elif where == "table":  # flat, turned about the vertical
-            position, turn = rng.uniform((-0.2, -0.35, 0.036), (0.2, 0.2, 0.04)), Rotation.from_euler("z", rng.uniform(0, 2 * np.pi)) * rest
-        else:
-            if self.env_id == "hammer" and where == "grip":  # the head past the thumb, its face to the fingertips
-                spot[1] += 0.012
-                turn = Rotation.from_matrix(axes @ np.diag((-1.0, 1.0, -1.0))) * Rotation.from_euler("y", rng.uniform(-0.6, 0.6))
-            elif self.env_id == "pen" and where == "grip":  # near the target's orientation
-                turn = Rotation.from_rotvec(rng.normal(0, 0.2, 3)) * Rotation.from_matrix(self.data.body("target").xmat.reshape(3, 3))
-            position = palm.xpos + axes @ (spot + rng.normal(0, 0.004 if where == "grip" else 0.03, 3))
-        self.data.qpos[-6:-3] = rest.inv().apply(position - body.pos)
-        self.data.qpos[-3:] = (rest.inv() * turn).as_euler("XYZ")
-
-    def _uniform(self, rng: np.random.Generator, joints: np.ndarray, width: float) -> None:
-        """These joints anywhere in the middle `width` of their ranges."""
-        low, high = self.model.jnt_range[joints].T
-        self.data.qpos[joints] = (low + high) / 2 + width * (high - low) * rng.uniform(-0.5, 0.5, len(joints))
-
-    def _clear(self) -> bool:
-        """At rest, is nothing deeper than 5 mm in anything else? What is would be shot away."""
-        self.data.qvel[:] = 0
-        mujoco.mj_forward(self.model, self.data)
-        return not self.data.ncon or self.data.contact.dist.min() > -0.005
-
-    def _aim_motors(self) -> None:
-        """Set the motors to the present pose, where gain * ctrl = -bias * qpos."""
-        self.data.ctrl[:] = -self.data.qpos[self.motor] * self.model.actuator_biasprm[:, 1] / self.model.actuator_gainprm[:, 0]
-
-    def _grip(self, rng: np.random.Generator) -> None:
-        """Close the fingers on what is in the hand for 0.2 s, all else held still: so the simulator finds the grip."""
-        low, high = self.model.jnt_range[self.fingers].T
-        grip = np.where(low == 0, rng.uniform(0.5, 1) * high, rng.uniform(-0.1, 0.1, 22))  # ranges of flexion start at 0, of spreading below
-        grip[-5:] = rng.uniform(0.6, 1) * np.array([0.9, 1.1, 0.1, 0.3, -0.6])  # the thumb, across the palm
-        self._aim_motors()
-        self.data.ctrl[self.motor >= self.fingers[0]] = grip
-        others = np.setdiff1d(np.arange(self.model.nq), self.fingers)
-        pose = self.data.qpos[others].copy()
-        for _ in range(100):
-            mujoco.mj_step(self.model, self.data)
-            self.data.qpos[others], self.data.qvel[others] = pose, 0
-        self.data.qvel[:] = 0
-        mujoco.mj_forward(self.model, self.data)
 
 
 # ------------------------------------------------------------------------------------------------ backgrounds and colours
@@ -611,24 +453,14 @@ class TalasEnv(gym.Env):
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    def __init__(
-        self,
-        env_id: str,
-        setting: Setting,
-        seed: int,
-        distractors: str | None,
-        image_size: int,
-        frame_stack: int,
-        reward: str,
-        action_repeat: int | None,
-    ):
+    def __init__(self, env_id: str, setting: Setting, seed: int, distractors: str | None, size: int, stack: int, reward: str, repeat: int | None):
         self.env_id, self.setting, self.base_seed, self.distractors = resolve_env_id(env_id), setting, seed, distractors
         self.row = task_row(self.env_id)
-        self.repeat = self.row.repeat if action_repeat is None else action_repeat
+        self.repeat = self.row.repeat if repeat is None else repeat
         self.episode_steps = self.row.steps * self.row.repeat // max(1, self.repeat)
         if self.repeat < 1 or self.episode_steps < 1:
             raise UserError(f"--action-repeat {self.repeat}: an episode of {self.env_id} has {self.row.steps * self.row.repeat} control steps")
-        self.size, self.render_mode = image_size, "rgb_array"
+        self.size, self.render_mode = size, "rgb_array"
         loaders = {"suite": SuiteTask, "unitree": UnitreeTask, "adroit": AdroitTask}
         self.task = loaders[self.row.loader](self.env_id, self.row, **({"reward": reward} if self.row.loader == "adroit" else {}))
         self.model, self.data = self.task.model, self.task.data
@@ -637,10 +469,10 @@ class TalasEnv(gym.Env):
         self._prepare_setting()
         self._renderer: mujoco.Renderer | None = None
         self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
-        self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
+        self._frames: deque[np.ndarray] = deque(maxlen=stack)
         self._episode, self._step = -1, 0
         self.action_space = gym.spaces.Box(-1, 1, (self.task.action_size,), np.float32)
-        pixels = gym.spaces.Box(0, 255, (3 * frame_stack, image_size, image_size), np.uint8)
+        pixels = gym.spaces.Box(0, 255, (3 * stack, size, size), np.uint8)
         self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=gym.spaces.Box(-np.inf, np.inf, self.task.proprio().shape, np.float32))
 
     def _names(self) -> dict[str, str]:
@@ -915,8 +747,13 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     keep = mask.to(frames.dtype)  # (B, k, H, W)
     if kind == "swap":
         return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
-    u, patched, seamed = (torch.rand(batch, 1, 1, 1, device=device) for _ in range(3))
-    patches = F.interpolate(torch.randn(batch, 1, 8, 8, device=device), (size, size), mode="bicubic") > torch.randn(batch, 1, 1, 1, device=device)
+    u, patched, banded, seamed, tinted = (torch.rand(batch, 1, 1, 1, device=device) for _ in range(5))
+    noise = torch.randn(batch, 1, 8, 8, device=device)
+    noise = torch.where(banded < 0.5, noise, noise[..., :1])
+    patches = F.interpolate(noise, (size, size), mode="bicubic") > torch.randn(batch, 1, 1, 1, device=device)
+    colour = (frames * keep.unsqueeze(2)).sum((1, 3, 4)) / keep.sum((1, 2, 3)).clamp(min=1).unsqueeze(1)  # (B, 3)
+    shifted = image + (colour[:, None, :, None, None] - image.mean((3, 4), keepdim=True))
+    image = torch.where((tinted < 0.3).unsqueeze(1) & (keep.sum((1, 2, 3)) > 9).view(-1, 1, 1, 1, 1), shifted.clamp(0, 255), image)
     keep = torch.where(patched < 0.5, torch.maximum(keep, patches.to(keep.dtype)), keep)
     hide = torch.where(seamed < 0.5, F.max_pool2d(keep, 3, stride=1, padding=1), keep)  # where the photograph does not reach
     swapped = frames * keep.unsqueeze(2) + image * (1 - hide).unsqueeze(2)
@@ -941,21 +778,23 @@ class Args:
 
 
 def draw_settings(args: Args) -> None:
-    """A PNG: a row per setting; start, a spread state and a good one, each with its mask."""
+    """A PNG: a row per setting; the start and two later states under random actions, each with its mask."""
     env_id, rows = resolve_env_id(args.env), []
     prompt = args.prompt or task_row(env_id).prompt
     for setting in SETTINGS:
         try:
             env = make_env(env_id, setting, distractors=args.distractors)
             env.reset()
+            env.action_space.seed(1)
         except UserError as error:
             if setting == "train":
                 raise
             print(f"{setting}: left out ({error})")
             continue
         cells = []
-        for pose in (lambda rng: None, env.task.spread, env.task.good):
-            pose(np.random.default_rng(1))
+        for steps in (0, 15, 35):
+            for _ in range(steps):
+                env.step(env.action_space.sample())
             cells += [env.render(), env.segment(prompt)[..., None].repeat(3, 2).astype(np.uint8) * 255]
         row = np.concatenate(cells, 1).repeat(3, 0).repeat(3, 1)
         rows.append(cv2.putText(row, setting, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 255), 1, cv2.LINE_AA))
@@ -963,7 +802,7 @@ def draw_settings(args: Args) -> None:
     output = args.output or f"{env_id}.png"
     if not cv2.imwrite(output, np.concatenate(rows)[..., ::-1]):
         raise UserError(f"--output {output}: cannot be written")
-    print(f"written: {output} (columns: start, spread state, good state, each with the mask of {prompt!r})")
+    print(f"written: {output} (columns: the start, then 15 and 50 random steps later, each with the mask of {prompt!r})")
 
 
 def main(args: Args) -> None:

@@ -12,6 +12,7 @@ The segmenter that is built in, `sim`, looks the prompt's phrases up in the simu
 download. The method's own is a language-conditioned video model; whatever it is, it stands behind one function, `segment_frames`.
 """
 
+import fnmatch
 import json
 import os
 import sys
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Literal
 
 import cv2
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from scipy.spatial.transform import Rotation
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -113,7 +116,126 @@ def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor
     return bce, reconstruction
 
 
-# ------------------------------------------------------------------------------------------------------------ the frames
+# ------------------------------------------------------------------------------------------------------------ the states to look at
+# Joint ranges (rad, m) by patterns of names. `spread`: for joints without limits; all others take their own. `good`: where a good policy keeps them.
+_LEGS = {"rooty": (-0.2, 0.2), "*_hip": (-0.3, 0.7), "*_knee": (-0.8, 0), "*_ankle": (-0.3, 0.3)}
+_STANDING = {"*_hip_joint": (-0.15, 0.15), "*_thigh_joint": (0.3, 1.2), "*_calf_joint": (-1.9, -0.92)}
+SPREAD = {"ball_in_cup_catch": {"cup_x": (-0.25, 0.25), "cup_z": (-0.2, 0.3), "ball_x": (-0.35, 0.35), "ball_z": (-0.15, 0.7)}}
+GOOD = {
+    "cartpole_swingup": {"hinge_1": (-0.3, 0.3), "slider": (-0.8, 0.8)},
+    "walker_walk": _LEGS,
+    "walker_stand": _LEGS,
+    "ball_in_cup_catch": {"ball_x": (-0.015, 0.015), "ball_z": (0.335, 0.4)},
+    "finger_spin": {"proximal": (0.2, 1.2), "distal": (-1.2, 0.2), "hinge": (-3.2, 3.2)},
+    "cheetah_run": {"rooty": (-0.3, 0.3), "[bf]*": (-0.4, 0.4)},
+    "unitree_walk": _STANDING,
+    "unitree_stand": _STANDING,
+    "pen": {"WRJ*": (-0.15, 0.15)},
+}
+ARM = {"AR*": (-2, 2), "WRJ*": (-2, 2)}  # Adroit's arm and wrist, to their limits; of many such poses the one nearest to the goal is taken
+GOALS = {"pen": ("S_grasp", "S_grasp"), "door": ("S_grasp", "S_handle"), "hammer": ("tool", "S_target"), "relocate": ("S_grasp", "target")}
+
+
+def scatter_joints(env: TalasEnv, kind: Literal["spread", "good"], rng: np.random.Generator) -> None:
+    """Every joint at random in its range, free bodies and walking robots in any pose (good: upright), on or a little above the ground."""
+    model, data, hand = env.model, env.data, env.row.loader == "adroit"
+    ranges = SPREAD.get(env.env_id, {}) if kind == "spread" else GOOD.get(env.env_id, ARM if hand else {})
+    width = rng.uniform(0.2, 1) if hand else 1.0  # twenty-four joints at their limits are a rare sight
+    height = None  # the index in qpos of what lifts the robot
+    for j in range(model.njnt):
+        name, joint, q = model.joint(j).name, model.jnt_type[j], model.jnt_qposadr[j]
+        span = next((span for pattern, span in ranges.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if joint == mujoco.mjtJoint.mjJNT_FREE:
+            tumbled, tilt = kind == "spread" and rng.random() < 0.5, 0.3 if kind == "spread" else 0.04
+            upright = Rotation.from_euler("ZYX", [rng.uniform(-np.pi, np.pi), *rng.normal(0, tilt, 2)])
+            data.qpos[q + 3 : q + 7] = (Rotation.random(rng=rng) if tumbled else upright).as_quat(scalar_first=True)
+            if env.row.loader == "unitree":
+                data.qpos[q : q + 2] = rng.uniform((-2, -2), (10, 2))  # where an episode gets: at x = 10 m the light is dimmer
+            height = q + 2 if height is None else height
+        elif joint == mujoco.mjtJoint.mjJNT_BALL and kind == "spread":
+            data.qpos[q : q + 4] = Rotation.random(rng=rng).as_quat(scalar_first=True)
+        elif span or (kind == "spread" and (model.jnt_limited[j] or joint == mujoco.mjtJoint.mjJNT_HINGE)):
+            low, high = model.jnt_range[j] if model.jnt_limited[j] else (-np.pi, np.pi)
+            low, high = (max(low, span[0]), min(high, span[1])) if span else (low, high)
+            data.qpos[q] = (low + high) / 2 + width * (high - low) * rng.uniform(-0.5, 0.5)
+        height = q if name == "rootz" else height
+    if height is not None:
+        data.qpos[height] += (0 if kind == "good" else rng.exponential(0.1)) - lowest_point(env)
+
+
+def lowest_point(env: TalasEnv) -> float:
+    """The height (m) of the robot's lowest point: over its geoms' boxes (centre, half sizes), along the world's z."""
+    mujoco.mj_kinematics(env.model, env.data)
+    robot = np.flatnonzero(env.model.geom_bodyid > 0)
+    up, box = env.data.geom_xmat[robot, 6:], env.model.geom_aabb[robot]
+    return float(np.min(env.data.geom_xpos[robot, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1)))
+
+
+def place_object(env: TalasEnv, where: Literal["hand", "grip", "air", "table"], rng: np.random.Generator) -> None:
+    """Put Adroit's object, which moves on three slides and three Euler hinges, in or near the palm, in the air or on the table."""
+    mujoco.mj_kinematics(env.model, env.data)
+    body, palm = env.model.body("Object"), env.data.body("palm")
+    axes = palm.xmat.reshape(3, 3)  # x to the index finger, -y out of the palm, z to the fingertips
+    rest, turn = Rotation.from_quat(body.quat, scalar_first=True), Rotation.random(rng=rng)
+    spot = np.array([0.007, -0.05, 0.075]) + rng.normal(0, 0.03 if where == "hand" else 0.004, 3)  # the middle of a fist
+    position = palm.xpos + axes @ spot
+    if where == "air":
+        position = rng.uniform((-0.2, -0.35, 0.1), (0.2, 0.2, 0.4))
+    elif where == "table":  # flat, turned about the vertical
+        position, turn = rng.uniform((-0.2, -0.35, 0.036), (0.2, 0.2, 0.04)), Rotation.from_euler("z", rng.uniform(0, 2 * np.pi)) * rest
+    elif where == "grip" and env.env_id == "hammer":  # the head past the thumb, its face to the fingertips
+        position += axes[:, 1] * 0.012
+        turn = Rotation.from_matrix(axes @ np.diag((-1.0, 1.0, -1.0))) * Rotation.from_euler("y", rng.uniform(-0.6, 0.6))
+    elif where == "grip" and env.env_id == "pen":  # near the target's orientation
+        turn = Rotation.from_rotvec(rng.normal(0, 0.2, 3)) * Rotation.from_matrix(env.data.body("target").xmat.reshape(3, 3))
+    env.data.qpos[-6:-3] = rest.inv().apply(position - body.pos)
+    env.data.qpos[-3:] = (rest.inv() * turn).as_euler("XYZ")
+
+
+def close_fingers(env: TalasEnv, rng: np.random.Generator) -> None:
+    """Close Adroit's fingers for 0.2 s, all else held still, so that the simulator finds the grip on what is in the hand."""
+    model, data = env.model, env.data
+    fingers = np.array([j for j in range(model.njnt) if model.joint(j).name[:2] in ("FF", "MF", "RF", "LF", "TH")])  # joint j is qpos[j]
+    low, high = model.jnt_range[fingers].T
+    grip = np.where(low == 0, rng.uniform(0.5, 1) * high, rng.uniform(-0.1, 0.1, len(fingers)))  # ranges of flexion start at 0, of spreading below
+    grip[-5:] = rng.uniform(0.6, 1) * np.array([0.9, 1.1, 0.1, 0.3, -0.6])  # the thumb, across the palm
+    data.ctrl[np.isin(model.actuator_trnid[:, 0], fingers)] = grip
+    others = np.setdiff1d(np.arange(model.nq), fingers)
+    pose = data.qpos[others].copy()
+    for _ in range(100):
+        mujoco.mj_step(model, data)
+        data.qpos[others], data.qvel[others] = pose, 0
+    data.qvel[:] = 0
+    mujoco.mj_forward(model, data)
+
+
+def place(env: TalasEnv, kind: Literal["spread", "good"], rng: np.random.Generator) -> None:
+    """Bring the simulation into one `spread` or `good` state, at rest, its motors aimed at it."""
+    model, data = env.model, env.data
+    env.task.reset(rng)
+    tries = []
+    for _ in range(50):
+        scatter_joints(env, kind, rng)
+        if env.row.loader == "adroit" and env.env_id != "door":
+            place_object(env, "grip" if kind == "good" else rng.choice(["hand", "hand", "air", "table"]), rng)
+        data.qvel[:] = 0
+        mujoco.mj_forward(model, data)
+        stuck, away = data.ncon > 0 and data.contact.dist.min() < -0.005, 0.0  # what is 5 mm deep in something would be shot out of it
+        if kind == "good" and env.env_id in GOALS:
+            here, there = (data.site(site).xpos for site in GOALS[env.env_id])
+            away = float(np.linalg.norm(here - there)) * rng.uniform(1, 2)  # not always the very nearest
+        tries.append((stuck, away, data.qpos.copy()))
+        if not stuck and not away:
+            break
+    data.qpos[:] = min(tries, key=lambda t: t[:2])[2]
+    driven, kp = model.actuator_trnid[:, 0], -model.actuator_biasprm[:, 1]
+    for i in np.flatnonzero((model.actuator_trntype == mujoco.mjtTrn.mjTRN_JOINT) & (kp > 0)):  # gain · ctrl = kp · qpos; torque motors have no kp
+        data.ctrl[i] = data.qpos[model.jnt_qposadr[driven[i]]] * kp[i] / model.actuator_gainprm[i, 0]
+    if kind == "good" and env.row.loader == "adroit":
+        close_fingers(env, rng)
+    mujoco.mj_forward(model, data)
+
+
 def visit_states(env: TalasEnv, kind: Literal["spread", "random", "good"], n: int, rng: np.random.Generator):
     """Bring the simulation, n times, into a state to be looked at, and yield. Nothing is rendered here.
 
@@ -131,12 +253,13 @@ def visit_states(env: TalasEnv, kind: Literal["spread", "random", "good"], n: in
                     action = rng.uniform(-1, 1, task.action_size)
                 task.step(action)
         else:
-            getattr(task, kind)(rng)
+            place(env, kind, rng)
             for _ in range(rng.integers(0, 6)):
                 task.step(task.hold())
         yield
 
 
+# ------------------------------------------------------------------------------------------------------------ the frames
 def segment_frames(env: TalasEnv, prompt: str) -> np.ndarray:
     """(H, W) bool: the mask m* of the frame just rendered. The seam: another segmenter maps frames and a prompt to masks here."""
     return env.segment(prompt)

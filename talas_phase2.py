@@ -39,7 +39,7 @@ class Args:
     """seeds the photographs, the batches and the augmentation"""
     augmentation: Augmentation = "mix"
     """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, on a photograph; mix: both, see envs.augment"""
-    steps: int = 1800
+    steps: int = 2400
     """gradient steps"""
     batch_size: int = 64
     """frames per gradient step"""
