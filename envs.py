@@ -56,13 +56,16 @@ class UserError(ValueError):
     """Something that the person at the keyboard can mend. The scripts print it as one line and exit with 1."""
 
 
-def pick_device(name: str) -> tuple[torch.device, bool]:
-    """The device called `name` (auto: a GPU if there is one), and whether bf16 is fast on it. Raises UserError if it cannot be used."""
+def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.device, bool]:
+    """Seed torch; the device called `name` (auto: a GPU if there is one), and whether bf16 is fast on it. Raises UserError if it is not there."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: costs a tenth of the time, and all of replay's memory at once
     return device, device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -734,8 +737,9 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
 
     overlay (the paper's):  τ(o) = (1 - α) o + α I
     swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
-    mix (ours):             10% clean, 40% overlay, 50% swap; of the swaps, half keep random patches of the scene as well (a rail, a floor: not
-                            everything beside a photograph is the agent), and half have the dark seams that keying leaves around the agent
+    mix (ours):             10% clean, 40% overlay, 50% swap. Not everything beside a photograph is the agent: half of the swaps keep patches or
+                            horizontal bands of the scene as well (a rail, a floor). Half have the dark seams that keying leaves around the agent.
+                            Not everything in its colours is the agent: three photographs of ten are shifted to its mean colour
 
     obs: (B, 3k, H, W) uint8 or float in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns (B, 3k, H, W) in [0, 255], float.
     """
@@ -748,12 +752,13 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     if kind == "swap":
         return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
     u, patched, banded, seamed, tinted = (torch.rand(batch, 1, 1, 1, device=device) for _ in range(5))
+    agent, area = (frames * keep.unsqueeze(2)).sum((1, 3, 4)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
+    recolour = agent / area.clamp(min=1) - image.mean((1, 3, 4))
+    tint = (tinted.view(batch, 1) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident
+    image = (image + torch.where(tint, recolour, 0)[:, None, :, None, None]).clamp(0, 255)
     noise = torch.randn(batch, 1, 8, 8, device=device)
-    noise = torch.where(banded < 0.5, noise, noise[..., :1])
+    noise = torch.where(banded < 0.5, noise[..., :1], noise)  # one column, which is every column: bands
     patches = F.interpolate(noise, (size, size), mode="bicubic") > torch.randn(batch, 1, 1, 1, device=device)
-    colour = (frames * keep.unsqueeze(2)).sum((1, 3, 4)) / keep.sum((1, 2, 3)).clamp(min=1).unsqueeze(1)  # (B, 3)
-    shifted = image + (colour[:, None, :, None, None] - image.mean((3, 4), keepdim=True))
-    image = torch.where((tinted < 0.3).unsqueeze(1) & (keep.sum((1, 2, 3)) > 9).view(-1, 1, 1, 1, 1), shifted.clamp(0, 255), image)
     keep = torch.where(patched < 0.5, torch.maximum(keep, patches.to(keep.dtype)), keep)
     hide = torch.where(seamed < 0.5, F.max_pool2d(keep, 3, stride=1, padding=1), keep)  # where the photograph does not reach
     swapped = frames * keep.unsqueeze(2) + image * (1 - hide).unsqueeze(2)
@@ -767,14 +772,10 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
 class Args:
     """List the tasks, or draw one under every setting, with its mask."""
 
-    env: str | None = None
-    """the task to draw; without it, the tasks are listed"""
-    prompt: str | None = None
-    """what the mask shows; by default the task's own prompt"""
-    distractors: str | None = None
-    """folder in DMControl-GB's layout; or set TALAS_DISTRACTORS; without it, train and procedural only"""
-    output: str | None = None
-    """the picture; by default <env>.png"""
+    env: str | None = None  # the task to draw; without it, the tasks are listed
+    prompt: str | None = None  # what the mask shows; by default the task's own prompt
+    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS; without it, train and procedural only
+    output: str | None = None  # the picture; by default <env>.png
 
 
 def draw_settings(args: Args) -> None:

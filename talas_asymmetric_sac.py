@@ -39,97 +39,60 @@ from filelock import FileLock
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, Setting, UserError, augment, load_photographs, make_env, mask_iou, pick_device, resolve_env_id
+from envs import Augmentation, Setting, UserError, augment, load_photographs, make_env, mask_iou, resolve_env_id, set_up_torch
 
 
 @dataclass
 class Args:
-    env: str = "walker_walk"
-    """the task; `python envs.py` lists them"""
-    seed: int = 1
-    """seeds everything: episodes, network, exploration, batches"""
-    total_timesteps: int = 500_000
-    """agent steps, one action each; simulator frames are this times the action repeat"""
-    action_repeat: int | None = None
-    """control steps per action; by default the task's own (cartpole 8, finger, Adroit and Unitree 2, others 4)"""
-    reward: Literal["dense", "sparse"] = "dense"
-    """Adroit only: the corrected, scaled shaped reward, or the environment's sparse one (which needs demonstrations to learn from)"""
+    env: str = "walker_walk"  # the task; `python envs.py` lists them
+    seed: int = 1  # seeds everything: episodes, network, exploration, batches
+    total_timesteps: int = 500_000  # agent steps, one action each; simulator frames are this times the action repeat
+    action_repeat: int | None = None  # control steps per action; by default the task's own (cartpole 8, finger, Adroit and Unitree 2, others 4)
+    reward: Literal["dense", "sparse"] = "dense"  # Adroit: the shaped reward, corrected and scaled, or the sparse one, which needs demonstrations
 
     # the method and its ablations (README has the table of what each combination is)
-    masker: Literal["student", "teacher", "none"] = "student"
-    """who masks the augmented view, and every observation at evaluation; none: the agent sees whole frames"""
+    masker: Literal["student", "teacher", "none"] = "student"  # who masks the augmented view, and all at evaluation; none: whole frames
     clean_masker: Literal["student", "teacher"] | None = None
     """who masks the clean view and what the policy sees while it collects; by default the same masker. The page's Figure 2 draws the teacher here"""
-    actor_views: Literal["clean", "both"] = "both"
-    """views that the actor is trained on"""
-    actor_judge: Literal["clean", "own"] = "clean"
-    """whose Q judges an action: the clean view's (asymmetric) or the view's own that it was chosen from (symmetric)"""
-    critic_views: Literal["clean", "both"] = "both"
-    """views that the critic is trained on"""
-    augmentation: Augmentation = "overlay"
-    """τ. overlay: the paper's; swap: what the clean mask keeps, pasted on a photograph; mix: both, and clean frames"""
-    masker_path: str | None = None
-    """folder with student.pt and teacher.pt; by default runs/maskers/<env>, made there by Phases I and II if missing"""
+    actor_views: Literal["clean", "both"] = "both"  # views that the actor is trained on
+    actor_judge: Literal["clean", "own"] = "clean"  # by which view's Q an action is judged: the clean one (asymmetric), or its own (symmetric)
+    critic_views: Literal["clean", "both"] = "both"  # views that the critic is trained on
+    augmentation: Augmentation = "overlay"  # τ. overlay: the paper's; swap: the agent pasted on a photograph; mix: both, and clean frames
+    masker_path: str | None = None  # folder with student.pt and teacher.pt; by default runs/maskers/<env>, made there by Phases I and II if missing
 
     # soft actor-critic: DMC-GB2's SADA unless said otherwise
-    batch_size: int = 128
-    """transitions per update"""
-    learning_starts: int = 1000
-    """random agent steps before the first update; at most three quarters of a short run"""
-    updates_per_step: float = 1.0
-    """updates per agent step (SADA: 0.5)"""
-    catch_up: bool = False
-    """when learning starts, make the updates that the random steps would have had, at once (DMC-GB does)"""
-    actor_lr: float = 5e-4
-    """Adam's learning rate for the actor"""
-    critic_lr: float = 5e-4
-    """Adam's learning rate for encoder and critic"""
-    alpha_lr: float = 5e-4
-    """Adam's learning rate for the entropy temperature (β1 0.5)"""
-    init_alpha: float = 0.1
-    """the entropy temperature at the start"""
-    gamma: float = 0.99
-    """discount per agent step"""
-    tau: float = 0.01
-    """the target critic moves this share of the way at each update"""
-    shift: int = 4
-    """random shift of replayed observations, pixels (DrQ)"""
+    batch_size: int = 128  # transitions per update
+    learning_starts: int = 1000  # random agent steps before the first update; at most three quarters of a short run
+    updates_per_step: float = 1.0  # updates per agent step (SADA: 0.5)
+    actor_lr: float = 5e-4  # Adam's learning rate for the actor
+    critic_lr: float = 5e-4  # Adam's learning rate for encoder and critic
+    alpha_lr: float = 5e-4  # Adam's learning rate for the entropy temperature (β1 0.5)
+    init_alpha: float = 0.1  # the entropy temperature at the start
+    gamma: float = 0.99  # discount per agent step
+    tau: float = 0.01  # the target critic moves this share of the way at each update
+    shift: int = 4  # random shift of replayed observations, pixels (DrQ)
     encoder: Literal["sada", "medium", "small"] = "sada"
     """sada: four 3×3 convolutions, the first with stride 2; medium: the second as well, a third of the cost; small: 4×4 patches first, a tenth"""
-    hidden_dim: int = 1024
-    """width of the actor's and the critics' two hidden layers"""
-    replay_size: int = 500_000
-    """frames kept; memory is taken as it fills, 21 KB a frame and 7 KB for its mask"""
+    hidden_dim: int = 1024  # width of the actor's and the critics' two hidden layers
+    replay_size: int = 500_000  # frames kept; memory is taken as it fills, 21 KB a frame and 7 KB for its mask
 
     # media
-    distractors: str | None = None
-    """folder in DMControl-GB's layout for the video and colour settings; or set TALAS_DISTRACTORS"""
-    overlay: str | None = None
-    """folder of photographs for the augmentation (Places365 in the paper); or set TALAS_OVERLAY; synthetic images without one"""
-    overlay_images: int = 5000
-    """how many photographs to sample from the folder"""
+    distractors: str | None = None  # folder in DMControl-GB's layout for the video and colour settings; or set TALAS_DISTRACTORS
+    overlay: str | None = None  # folder of photographs for τ (Places365 in the paper); or set TALAS_OVERLAY; synthetic images without one
+    overlay_images: int = 5000  # how many photographs to sample from the folder
 
     # evaluation, logging, machine
-    evaluate: str | None = None
-    """a checkpoint.pt: evaluate and film it, train nothing"""
-    eval_every: int = 25_000
-    """agent steps between evaluations; one always ends the run"""
-    eval_episodes: int | None = None
-    """episodes per setting, with the policy's mean action; by default 10, or half as many as a short run has"""
-    eval_settings: tuple[Setting, ...] | None = None
-    """by default train, video_easy, video_hard; without --distractors train, procedural"""
-    exp_name: str = "talas"
-    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ... or auto"""
+    evaluate: str | None = None  # a checkpoint.pt: evaluate and film it, train nothing
+    eval_every: int = 25_000  # agent steps between evaluations; one always ends the run
+    eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10, or half as many as a short run has
+    eval_settings: tuple[Setting, ...] | None = None  # by default train, video_easy, video_hard; without --distractors train, procedural
+    exp_name: str = "talas"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
+    device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs with bf16 instructions, where it is several times faster"""
-    torch_deterministic: bool = True
-    """use deterministic kernels where torch has them"""
-    track: bool = False
-    """log to Weights & Biases as well"""
-    wandb_project_name: str = "talas"
-    """the project there (the team comes from WANDB_ENTITY)"""
+    torch_deterministic: bool = True  # use deterministic kernels where torch has them
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
 
 
 # ------------------------------------------------------------------------------------------------------------ the masker
@@ -161,8 +124,8 @@ class Masker(nn.Module):
         return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
 
 
-def find_masker(args: Args, which: str) -> tuple[Masker, dict]:
-    """The frozen student or teacher, and its checkpoint. Without --masker-path, a missing one is made first, by Phases I and II.
+def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, str]:
+    """The frozen student or teacher, and its prompt. Without --masker-path, a missing one is made first, by Phases I and II.
 
     Runs that start together wait for one another at a lock, so that the masker is made once. Raises UserError for one made for another task.
     """
@@ -173,12 +136,11 @@ def find_masker(args: Args, which: str) -> tuple[Masker, dict]:
         with FileLock(folder / "lock"):
             if not (folder / "student.pt").is_file():
                 print(f"no masker in {folder}: making one first (Phases I and II, some ten minutes on a CPU)", flush=True)
-                media = [f"--{name}={value}" for name, value in (("overlay", args.overlay), ("device", args.device)) if value]
-                phase1 = [f"--distractors={args.distractors}"] if args.distractors else []
-                for script, extra in (("talas_phase1.py", phase1), ("talas_phase2.py", [])):
-                    command = [sys.executable, str(Path(__file__).with_name(script)), f"--env={args.env}", *media, *extra]
-                    print("$ " + " ".join(command), flush=True)
-                    if subprocess.run(command).returncode:
+                given = {name: value for name in ("env", "overlay", "device", "distractors") if (value := getattr(args, name))}
+                for script in ("talas_phase1.py", "talas_phase2.py"):
+                    flags = [f"--{name}={value}" for name, value in given.items() if script == "talas_phase1.py" or name != "distractors"]
+                    print(f"$ python {script} {' '.join(flags)}", flush=True)
+                    if subprocess.run([sys.executable, Path(__file__).with_name(script), *flags]).returncode:
                         raise UserError(f"{script} failed (see above); no masker, no training. --masker none does without")
     if not path.is_file():
         raise UserError(f"{path}: no such masker; make it with talas_phase1.py and talas_phase2.py")
@@ -186,12 +148,12 @@ def find_masker(args: Args, which: str) -> tuple[Masker, dict]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         masker = Masker()
         masker.load_state_dict(checkpoint["state_dict"])
-        made_for, size = checkpoint["env_id"], checkpoint["image_size"]
+        made_for, size, prompt = checkpoint["env_id"], checkpoint["image_size"], checkpoint["prompt"]
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"{path}: not a masker ({type(error).__name__})") from None
     if made_for != args.env or size != 84:
         raise UserError(f"{path} was made for {made_for} at {size} pixels, not for {args.env} at 84")
-    return masker.requires_grad_(False).eval(), checkpoint
+    return masker.requires_grad_(False).to(device, memory_format=torch.channels_last), prompt
 
 
 def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
@@ -230,7 +192,7 @@ def orthogonal(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """f: (B, 9, 84, 84) in [0, 1] -> (B, D). Black, which is what a mask leaves of the background, is zero."""
 
     SHAPES: ClassVar[dict[str, list[tuple[int, int]]]] = {  # (kernel, stride) of each layer
@@ -240,28 +202,17 @@ class Encoder(nn.Module):
     }
 
     def __init__(self, channels: int, kind: str):
-        super().__init__()
         layers: list[nn.Module] = []
-        for kernel, stride in self.SHAPES[kind]:
-            layers += [nn.Conv2d(channels, 32, kernel, stride), nn.ReLU()]
-            channels = 32
-        self.convs = nn.Sequential(*layers, nn.Flatten())
+        for i, (kernel, stride) in enumerate(self.SHAPES[kind]):
+            layers += [nn.Conv2d(32 if i else channels, 32, kernel, stride), nn.ReLU()]
+        super().__init__(*layers, nn.Flatten())
         self.apply(orthogonal)
-        self.convs.to(memory_format=torch.channels_last)  # after the initialisation: orthogonal_ cannot write into it
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.convs(pixels)
+        self.to(memory_format=torch.channels_last)  # after the initialisation: orthogonal_ cannot write into it
 
 
-class Trunk(nn.Module):
-    """(B, D) embedding, (B, P) proprioception -> (B, 50 + P): the joints are joined after the projection, where 39,200 pixels cannot drown them."""
-
-    def __init__(self, embedding_dim: int):
-        super().__init__()
-        self.project = nn.Sequential(nn.Linear(embedding_dim, 50), nn.LayerNorm(50), nn.Tanh())
-
-    def forward(self, z: torch.Tensor, proprio: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.project(z), proprio], 1)
+def trunk(embedding_dim: int) -> nn.Sequential:
+    """(B, D) -> (B, 50). Proprioception is joined after it, where 39,200 features cannot drown it."""
+    return nn.Sequential(nn.Linear(embedding_dim, 50), nn.LayerNorm(50), nn.Tanh())
 
 
 class Head(nn.Module):
@@ -281,12 +232,12 @@ class Head(nn.Module):
 class Actor(nn.Module):
     def __init__(self, embedding_dim: int, proprio_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        self.trunk, self.head = Trunk(embedding_dim), Head(50 + proprio_dim, hidden, 2 * action_dim)
+        self.trunk, self.head = trunk(embedding_dim), Head(50 + proprio_dim, hidden, 2 * action_dim)
         self.apply(orthogonal)
 
     def forward(self, z: torch.Tensor, proprio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A sampled action (B, A), its log π (B,), and the mean action (B, A); all in [-1, 1]."""
-        mean, log_std = self.head(self.trunk(z, proprio)).chunk(2, dim=1)
+        mean, log_std = self.head(torch.cat([self.trunk(z), proprio], 1)).chunk(2, dim=1)
         log_std = -10 + 6 * (torch.tanh(log_std) + 1)  # into [-10, 2]
         noise = torch.randn_like(mean)
         u = mean + log_std.exp() * noise
@@ -300,12 +251,12 @@ class Critic(nn.Module):
 
     def __init__(self, embedding_dim: int, proprio_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        self.trunk = Trunk(embedding_dim)
+        self.trunk = trunk(embedding_dim)
         self.heads = nn.ModuleList(Head(50 + proprio_dim + action_dim, hidden, 1) for _ in range(2))
         self.apply(orthogonal)
 
     def forward(self, z: torch.Tensor, proprio: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([self.trunk(z, proprio), action], 1)
+        x = torch.cat([self.trunk(z), proprio, action], 1)
         return torch.stack([head(x).squeeze(1) for head in self.heads])
 
 
@@ -337,6 +288,9 @@ class Agent(nn.Module):
         self.actor, self.critic = Actor(*dims), Critic(*dims)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
+        self.critic_optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=args.critic_lr, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
         self.masker = masker  # the deployed one, frozen
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
@@ -380,7 +334,7 @@ class Agent(nn.Module):
         """The temperature falls while the policy's entropy is above −|A|, and rises below."""
         return (-self.log_alpha.exp() * (log_prob + self.target_entropy)).mean()
 
-    def update(self, batch: Batch, optimizers: "Optimizers") -> dict[str, torch.Tensor]:
+    def update(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One step of critic and encoder, actor, temperature and target. Returns metrics, still on the device."""
         args = self.args
         with self.autocast():
@@ -391,21 +345,21 @@ class Agent(nn.Module):
             pixels = clean if augmented is None else torch.cat([clean, augmented])
             z = list(self.encoder(pixels).split(len(clean)))  # z_c, z_a in one pass
             critic_loss, q = self.critic_loss(z if args.critic_views == "both" else z[:1], batch, target_q)
-            optimizers.critic.zero_grad()
+            self.critic_optimizer.zero_grad()
             critic_loss.backward()
-            optimizers.critic.step()
+            self.critic_optimizer.step()
 
             # The actor learns on the embeddings from before the encoder's step, detached: f is the critic's alone.
             z = [view.detach() for view in (z if args.actor_views == "both" else z[:1])]
             actor_loss, log_prob = self.actor_loss(z, batch.proprio)
-            optimizers.actor.zero_grad()
+            self.actor_optimizer.zero_grad()
             actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic judges here, and does not learn
-            optimizers.actor.step()
+            self.actor_optimizer.step()
 
             alpha_loss = self.alpha_loss(log_prob)
-            optimizers.alpha.zero_grad()
+            self.alpha_optimizer.zero_grad()
             alpha_loss.backward()
-            optimizers.alpha.step()
+            self.alpha_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
         return {
@@ -423,13 +377,6 @@ class Agent(nn.Module):
         with self.autocast():
             sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask, self.dtype)), proprio)
         return (mean_action if mean else sample)[0].cpu().numpy()
-
-
-class Optimizers:
-    def __init__(self, agent: Agent, args: Args):
-        self.critic = torch.optim.Adam([*agent.encoder.parameters(), *agent.critic.parameters()], lr=args.critic_lr, fused=True)
-        self.actor = torch.optim.Adam(agent.actor.parameters(), lr=args.actor_lr, fused=True)
-        self.alpha = torch.optim.Adam([agent.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
@@ -575,10 +522,8 @@ def main(args: Args) -> None:
         asked = {key: getattr(args, key) for key in ("evaluate", "eval_settings", "eval_episodes", "distractors", "device", "precision")}
         args = replace(checkpoint["args"], **asked)
     args.env = resolve_env_id(args.env)
-    if args.masker == "none" and args.clean_masker:
-        raise UserError(f"--clean-masker {args.clean_masker} goes with a --masker; with --masker none the agent sees whole frames")
-    if args.masker == "none" and args.augmentation != "overlay":
-        raise UserError(f"--augmentation {args.augmentation} pastes what a mask keeps; with --masker none there is only overlay")
+    if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
+        raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
     if min(args.total_timesteps, args.batch_size, args.eval_every, args.replay_size // 100) < 1:
         raise UserError("--total-timesteps, --batch-size and --eval-every have to be at least 1, --replay-size at least 100")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
@@ -586,12 +531,9 @@ def main(args: Args) -> None:
     env_kwargs = {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
     for setting in settings:  # better an error now than after the training
         make_env(args.env, setting, args.seed, **env_kwargs).close()
-    device, bf16_is_fast = pick_device(args.device)
+    device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
     if args.precision == "auto":
-        args.precision = "bf16" if bf16_is_fast else "fp32"
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # or replay would take all its memory at once
+        args.precision = "bf16" if bf16 else "fp32"
 
     env = make_env(args.env, "train", args.seed, **env_kwargs)
     env.action_space.seed(args.seed)
@@ -614,14 +556,11 @@ def main(args: Args) -> None:
     # ---- the frozen maskers, the photographs, the agent
     masker, clean_masker, prompt = None, None, None
     if args.masker != "none":
-        masker, made = find_masker(args, args.masker)
-        masker, prompt = masker.to(device, memory_format=torch.channels_last), made["prompt"]
-        same = args.clean_masker in (None, args.masker)
-        clean_masker = masker if same else find_masker(args, args.clean_masker)[0].to(device, memory_format=torch.channels_last)
+        masker, prompt = find_masker(args, args.masker, device)
+        clean_masker = masker if args.clean_masker in (None, args.masker) else find_masker(args, args.clean_masker, device)[0]
     two_views = "both" in (args.critic_views, args.actor_views)
     photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if two_views else None
     agent = Agent(args, *spaces, masker, photos).to(device)
-    optimizers = Optimizers(agent, args)
     replay = Replay(min(args.replay_size, args.total_timesteps + args.total_timesteps // env.episode_steps + 8), obs, spaces[2], device)
     learning_starts = min(args.learning_starts, 3 * args.total_timesteps // 4)
 
@@ -674,9 +613,8 @@ def main(args: Args) -> None:
             obs, _ = env.reset()
             pixels, mask, proprio = observe(clean_masker, obs, device)
             replay.add_frame(obs, mask[0, -1], first=True)
-        due = int(args.updates_per_step * (step if args.catch_up else step - learning_starts)) if step > learning_starts else 0
-        while updates < due:
-            metrics = agent.update(replay.sample(args.batch_size), optimizers)
+        while updates < int(args.updates_per_step * (step - learning_starts)):
+            metrics = agent.update(replay.sample(args.batch_size))
             updates += 1
             if updates % 100 == 0:
                 for key, value in metrics.items():

@@ -32,45 +32,28 @@ from scipy.spatial.transform import Rotation
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, parse_prompt, pick_device, resolve_env_id, task_row
+from envs import TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, parse_prompt, resolve_env_id, set_up_torch, task_row
 
 
 @dataclass
 class Args:
-    env: str = "walker_walk"
-    """the task; `python envs.py` lists them"""
-    prompt: str | None = None
-    """what belongs to the task, in plain English; by default the task's own prompt"""
-    segmenter: Literal["sim"] = "sim"
-    """who turns frames and prompt into masks; sim: the simulator's segmentation by vocabulary look-up (privileged)"""
-    seed: int = 1
-    """seeds the frames, the network and the batches"""
-    frames: int | None = None
-    """clean frames to train on; by default 5,000, fewer on tasks that render slowly"""
-    test_frames: int = 500
-    """frames that training never sees, for the IoU figures"""
-    steps: int = 1500
-    """gradient steps"""
-    batch_size: int = 64
-    """frames per gradient step"""
-    learning_rate: float = 2e-3
-    """Adam's peak learning rate; it warms up and decays to zero (one cycle)"""
-    reconstruction_coef: float = 0.0
-    """weight of the masked reconstruction ‖ψ(o)⊙o − m*⊙o‖² beside the cross-entropy (the page's Figure 1 names it; our reading)"""
-    distractors: str | None = None
-    """folder with DMControl-GB's video_easy/ and video_hard/, only to report IoU on; or set TALAS_DISTRACTORS"""
-    overlay: str | None = None
-    """folder of photographs, only to report IoU on; or set TALAS_OVERLAY; synthetic images without one"""
-    overlay_images: int = 5000
-    """how many photographs to sample from the folder"""
-    output: str | None = None
-    """where the teacher and its frames go; by default runs/maskers/<env>"""
-    exp_name: str = "phase1"
-    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ... or auto"""
-    torch_deterministic: bool = True
-    """use deterministic kernels where torch has them"""
+    env: str = "walker_walk"  # the task; `python envs.py` lists them
+    prompt: str | None = None  # what belongs to the task, in plain English; by default the task's own prompt
+    segmenter: Literal["sim"] = "sim"  # who turns frames and prompt into masks; sim: the simulator's segmentation by vocabulary look-up (privileged)
+    seed: int = 1  # seeds the frames, the network and the batches
+    frames: int | None = None  # clean frames to train on; by default 5,000, fewer on tasks that render slowly
+    test_frames: int = 500  # frames that training never sees, for the IoU figures
+    steps: int = 1500  # gradient steps
+    batch_size: int = 64  # frames per gradient step
+    learning_rate: float = 2e-3  # Adam's peak learning rate; it warms up and decays to zero (one cycle)
+    reconstruction_coef: float = 0.0  # weight of Figure 1's masked reconstruction ‖ψ(o)⊙o − m*⊙o‖² beside the cross-entropy (our reading)
+    distractors: str | None = None  # folder with DMControl-GB's video_easy/ and video_hard/, only to report IoU on; or set TALAS_DISTRACTORS
+    overlay: str | None = None  # folder of photographs, only to report IoU on; or set TALAS_OVERLAY; synthetic images without one
+    overlay_images: int = 5000  # how many photographs to sample from the folder
+    output: str | None = None  # where the teacher and its frames go; by default runs/maskers/<env>
+    exp_name: str = "phase1"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
+    device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
+    torch_deterministic: bool = True  # use deterministic kernels where torch has them
 
 
 # ------------------------------------------------------------------------------------------------------------ the masker
@@ -362,10 +345,7 @@ def main(args: Args) -> None:
     args.env = resolve_env_id(args.env)
     prompt = args.prompt or task_row(args.env).prompt
     parse_prompt(prompt)
-    device, bf16 = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
+    device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
 
     if args.test_frames < 4 or (args.frames or 2) < 2:
         raise UserError("--frames and --test-frames: at least 2 and 4, so that there is one of each kind")

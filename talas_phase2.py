@@ -28,37 +28,25 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, UserError, augment, load_photographs, mask_iou, pick_device, resolve_env_id
+from envs import Augmentation, UserError, augment, load_photographs, mask_iou, resolve_env_id, set_up_torch
 
 
 @dataclass
 class Args:
-    env: str = "walker_walk"
-    """the task; `python envs.py` lists them"""
-    seed: int = 1
-    """seeds the photographs, the batches and the augmentation"""
+    env: str = "walker_walk"  # the task; `python envs.py` lists them
+    seed: int = 1  # seeds the photographs, the batches and the augmentation
     augmentation: Augmentation = "mix"
     """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, on a photograph; mix: both, see envs.augment"""
-    steps: int = 2400
-    """gradient steps"""
-    batch_size: int = 64
-    """frames per gradient step"""
-    learning_rate: float = 2e-3
-    """Adam's peak learning rate; it warms up and decays to zero (one cycle)"""
-    shift: int = 4
-    """random shift of frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)"""
-    overlay: str | None = None
-    """folder of photographs (Places365 in the paper), searched recursively; or set TALAS_OVERLAY; synthetic images without one"""
-    overlay_images: int = 5000
-    """how many photographs to sample from the folder"""
-    maskers: str | None = None
-    """where the teacher and its frames lie and the student goes; by default runs/maskers/<env>"""
-    exp_name: str = "phase2"
-    """names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ... or auto"""
-    torch_deterministic: bool = True
-    """use deterministic kernels where torch has them"""
+    steps: int = 2400  # gradient steps
+    batch_size: int = 64  # frames per gradient step
+    learning_rate: float = 2e-3  # Adam's peak learning rate; it warms up and decays to zero (one cycle)
+    shift: int = 4  # random shift of frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)
+    overlay: str | None = None  # folder of photographs for τ (Places365 in the paper); or set TALAS_OVERLAY; synthetic images without one
+    overlay_images: int = 5000  # how many photographs to sample from the folder
+    maskers: str | None = None  # where the teacher and its frames lie and the student goes; by default runs/maskers/<env>
+    exp_name: str = "phase2"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
+    device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
+    torch_deterministic: bool = True  # use deterministic kernels where torch has them
 
 
 # ------------------------------------------------------------------------------------------------------------ the masker
@@ -90,14 +78,16 @@ class Masker(nn.Module):
         return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
 
 
-def random_shift(frames: torch.Tensor, masks: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift each frame and its mask by the same random offset of at most `pad` pixels, edges repeated. (B, 3, H, W), (B, H, W), dtypes kept."""
-    batch, _, height, width = frames.shape
-    both = F.pad(torch.cat([frames, masks.unsqueeze(1)], 1), (pad,) * 4, mode="replicate")
-    rows = torch.randint(2 * pad + 1, (batch, 1, 1)) + torch.arange(height)[:, None]  # (B, H, 1)
-    cols = torch.randint(2 * pad + 1, (batch, 1, 1)) + torch.arange(width)  # (B, 1, W)
-    both = both.permute(0, 2, 3, 1)[torch.arange(batch)[:, None, None], rows.to(both.device), cols.to(both.device)].permute(0, 3, 1, 2)
-    return both[:, :3], both[:, 3]
+def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
+    """Shift (B, C_i, H, W) tensors of one dtype together, each sample by a random offset of at most `pad` pixels, edges repeated."""
+    batch, (height, width) = len(stacks[0]), stacks[0].shape[-2:]
+    rows, cols = (torch.randint(2 * pad + 1, (batch,)).tolist() for _ in range(2))
+    shifted = []
+    for stack in stacks:
+        padded = F.pad(stack, (pad,) * 4, mode="replicate")
+        # Windows into the padded stack, one copy a sample: a gather by index tensors would visit every byte on its own.
+        shifted.append(torch.stack([padded[b, :, rows[b] : rows[b] + height, cols[b] : cols[b] + width] for b in range(batch)]))
+    return shifted
 
 
 def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
@@ -165,10 +155,7 @@ def save_atomically(write, path: Path) -> None:
 def main(args: Args) -> None:
     started = time.time()
     args.env = resolve_env_id(args.env)
-    device, bf16 = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
+    device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
 
     folder = Path(args.maskers or f"runs/maskers/{args.env}")
     teacher, checkpoint = load_teacher(folder / "teacher.pt", args.env)
@@ -187,7 +174,7 @@ def main(args: Args) -> None:
     print(f"Phase II on {args.env}: {len(frames):,} frames, augmentation {args.augmentation}", flush=True)
     teacher.to(device, memory_format=torch.channels_last)
     # ψ_T(o) once for every clean frame: neither the frames nor the frozen teacher change. Bytes, so that 5,000 masks are 35 MB.
-    masks_t = torch.from_numpy((predict(teacher, frames, device) * 255).round().astype(np.uint8))  # (N, H, W)
+    masks_t = torch.from_numpy((predict(teacher, frames, device) * 255).round().astype(np.uint8)).unsqueeze(1)  # (N, 1, H, W)
     frames_t = torch.from_numpy(frames)  # (N, 3, H, W) uint8
     student = Masker()
     student.load_state_dict(checkpoint["state_dict"])
@@ -197,12 +184,12 @@ def main(args: Args) -> None:
     bar = tqdm(range(args.steps), desc="train the student", unit="step", mininterval=1 if sys.stderr.isatty() else 15)
     for step in bar:
         batch = torch.randint(len(frames), (args.batch_size,))
-        obs, target = random_shift(frames_t[batch].to(device), masks_t[batch].to(device), args.shift)
-        target = target / 255  # (B, H, W): ψ_T(o)
-        augmented = augment(obs, target.unsqueeze(1), photos, args.augmentation)  # τ(o)
+        obs, target = random_shift(frames_t[batch].to(device), masks_t[batch].to(device), pad=args.shift)
+        target = target / 255  # (B, 1, H, W): ψ_T(o)
+        augmented = augment(obs, target, photos, args.augmentation)  # τ(o)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = student(augmented.contiguous(memory_format=torch.channels_last))
-        loss = F.binary_cross_entropy_with_logits(logits.float(), target)  # BCE(ψ_S(τ(o)), ψ_T(o))
+        loss = F.binary_cross_entropy_with_logits(logits.float(), target.squeeze(1))  # BCE(ψ_S(τ(o)), ψ_T(o))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

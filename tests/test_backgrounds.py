@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import envs
+import talas_phase1 as phase1
 
 LEVELS = (80, 140, 200)  # the three frames of a tiny video
 
@@ -161,8 +162,9 @@ def test_video_hard_leaves_the_robot_alone_and_keys_the_rest(make, tiny, name):
     train, hard, row = make(name), make(name, "video_hard", distractors=tiny), envs.task_row(name)
     for env in (train, hard):
         env.reset()
-    for pose in (lambda rng: None, train.task.spread, train.task.good):
-        pose(np.random.default_rng(3))
+    for kind in (None, "spread", "good"):
+        if kind:
+            phase1.place(train.unwrapped, kind, np.random.default_rng(3))
         if train.below_ground:
             continue  # the A1 on its back: one looks through the floor, which tints it
         state = train.get_state()
@@ -194,7 +196,7 @@ def test_a1_keys_sky_and_ground_at_both_levels(make, tiny):
     train, easy, hard = (make("unitree_walk", setting, distractors=tiny) for setting in ("train", "video_easy", "video_hard"))
     for env in (train, easy, hard):
         env.reset()
-    train.task.good(np.random.default_rng(0))
+    phase1.place(train.unwrapped, "good", np.random.default_rng(0))
     state = train.get_state()
     clean, half, gone = (env.show(state, 0) for env in (train, easy, hard))
     ground = erode(train.segment("the ground"))
@@ -525,8 +527,15 @@ def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
     def pixels(candidate):  # (n, 12, 12): where all channels of all frames are the candidate's
         return ((got - candidate).abs() < 1e-2).all(1)
 
-    frame, photo, black = pixels(obs.float()), pixels(image), pixels(torch.zeros(()))
-    overlaid, swapped = pixels(0.6 * obs + 0.4 * image).all((1, 2)), pixels(m * obs + (1 - m) * image).all((1, 2))
+    # Three photographs of ten are shifted to the mean colour of the agent: here of 16 pixels in each of the two frames.
+    kept = obs[:, :, 4:8, 3:7].float().unflatten(1, (2, 3)).mean((1, 3, 4)).repeat(1, 2)  # (n, 6)
+    tinted = (image + (kept - image.mean((2, 3)))[:, :, None, None]).clamp(0, 255)
+    frame, photo, shifted, black = pixels(obs.float()), pixels(image), pixels(tinted), pixels(torch.zeros(()))
+    plain, agentlike = (pixels(0.6 * obs + 0.4 * other).all((1, 2)) for other in (image, tinted))
+    overlaid = plain | agentlike
+    assert abs(agentlike.float().mean() - 0.3 * 0.4) < 0.03
+    swapped = sum(pixels(m * obs + (1 - m) * other).all((1, 2)) for other in (image, tinted)) > 0
+    photo = torch.where(shifted.sum((1, 2), keepdim=True) > photo.sum((1, 2), keepdim=True), shifted, photo)  # one or the other, not some of each
     clean = frame.all((1, 2))
     assert abs(overlaid.float().mean() - 0.4) < 0.03
     assert 0.08 < clean.float().mean() < 0.16  # the tenth, and the patches that leave the whole scene

@@ -16,6 +16,7 @@ from dm_control.mujoco import Physics
 from gymnasium.utils.env_checker import check_env
 
 import envs
+import talas_phase1 as phase1
 
 ROOT = Path(envs.__file__).parent
 FAMILIES = ["cartpole_swingup", "unitree_walk", "hammer"]
@@ -184,8 +185,9 @@ def test_dense_reward_is_the_documented_one(make, name):
     task, model, data = env.task, env.task.model, env.task.data
     mine = mujoco.MjData(model)  # a second simulation of the same steps
     for i in range(48):
-        [task.reset, task.spread, task.good][i % 3](rng)
+        task.reset(rng)
         if i % 3:
+            phase1.place(env.unwrapped, ("spread", "good")[i % 3 - 1], rng)
             data.qvel[:] = rng.normal(0, 0.3, model.nv)
         if name == "relocate" and i % 2:  # the ball in its goal, now nearer, now farther; its frame has the world's axes
             data.qpos[-6:-3] += data.site("target").xpos + rng.normal(0, 0.03, 3) - data.body("Object").xpos
@@ -284,7 +286,7 @@ def test_a1_rewards_start_and_actions(make, name):
     env, rng, seen = make(name), np.random.default_rng(0), []
     task, model, data = env.task, env.task.model, env.task.data
     for i in range(40):
-        (task.spread if i % 2 else task.good)(rng)
+        phase1.place(env.unwrapped, "spread" if i % 2 else "good", rng)
         for _ in range(rng.integers(1, 4)):
             reward, terminated, _ = task.step(rng.uniform(-1, 1, 12))
         seen.append(reward)
@@ -308,10 +310,10 @@ def test_states_masks_and_vocabulary(make, name):
     env, row = make(name), envs.task_row(name)
     env.reset()
     unseen = set(row.vocabulary)
-    for pose in (env.task.spread, env.task.good):
+    for kind in ("spread", "good"):
         states = []
         for seed in (5, 6, 5):
-            pose(np.random.default_rng(seed))
+            phase1.place(env.unwrapped, kind, np.random.default_rng(seed))
             states.append(np.concatenate([x.ravel() for x in env.get_state()]))
             assert np.isfinite(env.task.data.qpos).all()
             mask = env.segment(row.prompt)
@@ -326,7 +328,7 @@ def test_good_states_are_good(make):
     walker, pole, cup = (make(name) for name in ("walker_walk", "cartpole_swingup", "ball_in_cup_catch"))
     for _ in range(10):
         for env in (walker, pole, cup):
-            env.task.good(rng)
+            phase1.place(env.unwrapped, "good", rng)
         assert walker.physics.torso_upright() > 0.9 and pole.physics.pole_angle_cosine().min() > 0.9
         for _ in range(20):  # the ball may still have to fall to the bottom of the cup
             cup.task.step(cup.task.hold())
@@ -334,7 +336,7 @@ def test_good_states_are_good(make):
     assert np.mean(caught) >= 0.9
     tilts = []
     for _ in range(20):
-        walker.task.spread(rng)
+        phase1.place(walker.unwrapped, "spread", rng)
         tilts.append(walker.physics.torso_upright())
         assert walker.physics.data.ncon == 0 or walker.physics.data.contact.dist.min() > -0.1  # above the ground, not in it
     assert min(tilts) < -0.5 and max(tilts) > 0.5
@@ -356,7 +358,7 @@ def test_segment_is_the_simulators(make):
     """Against a renderer and a look-up of our own."""
     env = make("walker_walk")
     env.reset()
-    env.task.good(np.random.default_rng(0))
+    phase1.place(env.unwrapped, "good", np.random.default_rng(0))
     model, data = env.physics.model.ptr, env.physics.data.ptr
     frame = env.render()
     with mujoco.Renderer(model, 84, 84) as renderer:

@@ -79,7 +79,7 @@ def calm(agent: rl.Agent) -> rl.Agent:
 
 def update(agent: rl.Agent, batch: rl.Batch, seed: int = 4) -> dict[str, float]:
     torch.manual_seed(seed)
-    return {key: value.item() for key, value in agent.update(batch, rl.Optimizers(agent, agent.args)).items()}
+    return {key: value.item() for key, value in agent.update(batch).items()}
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def slow_act(agent: rl.Agent, z: torch.Tensor, proprio: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, float]:
     """One sample's action and log π, in float64, with 1 − tanh² u = 1 / cosh² u."""
-    mean, raw = agent.actor.head(agent.actor.trunk(z[None], proprio[None]))[0].double().split(A)
+    mean, raw = agent.actor.head(torch.cat([agent.actor.trunk(z[None]), proprio[None]], 1))[0].double().split(A)
     action, log_prob = torch.empty(A), 0.0
     for j in range(A):
         log_std = -10 + 6 * (math.tanh(raw[j]) + 1)
@@ -480,11 +480,10 @@ def test_random_shift_against_loops():
     g = torch.Generator().manual_seed(0)
     obs, mask = (torch.randint(256, (60, c, 7, 9), generator=g, dtype=torch.uint8) for c in (9, 3))
     torch.manual_seed(0)
-    for shift in (lambda: rl.random_shift(obs, mask, pad=2), lambda: phase2.random_shift(obs[:, :3], mask[:, 0], 2)):
+    for shift in (lambda: rl.random_shift(obs, mask, pad=2), lambda: phase2.random_shift(obs[:, :3], mask[:, :1], pad=2)):
         shifted_obs, shifted_mask = shift()
         channels = shifted_obs.shape[1]
         assert shifted_obs.dtype == shifted_mask.dtype == torch.uint8
-        shifted_mask = shifted_mask.reshape(60, -1, 7, 9)
         joined = zip(torch.cat([obs[:, :channels], mask[:, : shifted_mask.shape[1]]], 1), torch.cat([shifted_obs, shifted_mask], 1), strict=True)
         offsets = [find_offset(a.numpy(), b.numpy(), 2) for a, b in joined]  # obs and mask moved together, or none would fit
         assert {y for y, _ in offsets} == {x for _, x in offsets} == set(range(5))
