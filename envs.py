@@ -758,9 +758,9 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     image = (image + torch.where(tint, recolour, 0)[:, None, :, None, None]).clamp(0, 255)
     noise = torch.randn(batch, 1, 8, 8, device=device)
     noise = torch.where(banded < 0.5, noise[..., :1], noise)  # one column, which is every column: bands
-    patches = F.interpolate(noise, (size, size), mode="bicubic") > torch.randn(batch, 1, 1, 1, device=device)
+    patches = F.interpolate(noise, (size, size), mode="bilinear") > torch.randn(batch, 1, 1, 1, device=device)
     keep = torch.where(patched < 0.5, torch.maximum(keep, patches.to(keep.dtype)), keep)
-    hide = torch.where(seamed < 0.5, F.max_pool2d(keep, 3, stride=1, padding=1), keep)  # where the photograph does not reach
+    hide = torch.where(seamed < 0.5, (9 * F.avg_pool2d(keep, 3, stride=1, padding=1)).clamp(max=1), keep)  # where no photograph is; a dilation
     swapped = frames * keep.unsqueeze(2) + image * (1 - hide).unsqueeze(2)
     overlaid = torch.lerp(frames, image, alpha)
     u = u.unsqueeze(1)

@@ -62,7 +62,7 @@ class Args:
 
     # soft actor-critic: DMC-GB2's SADA unless said otherwise
     batch_size: int = 128  # transitions per update
-    learning_starts: int = 1000  # random agent steps before the first update; at most three quarters of a short run
+    learning_starts: int = 1000  # random agent steps before the first update; at most four fifths of a short run
     updates_per_step: float = 1.0  # updates per agent step (SADA: 0.5)
     actor_lr: float = 5e-4  # Adam's learning rate for the actor
     critic_lr: float = 5e-4  # Adam's learning rate for encoder and critic
@@ -562,7 +562,7 @@ def main(args: Args) -> None:
     photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if two_views else None
     agent = Agent(args, *spaces, masker, photos).to(device)
     replay = Replay(min(args.replay_size, args.total_timesteps + args.total_timesteps // env.episode_steps + 8), obs, spaces[2], device)
-    learning_starts = min(args.learning_starts, 3 * args.total_timesteps // 4)
+    learning_starts = min(args.learning_starts, 4 * args.total_timesteps // 5)
 
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))

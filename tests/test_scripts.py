@@ -138,7 +138,7 @@ def test_three_scripts(trained, env_id):
 
     figures, length = metrics(t.run), LENGTHS[env_id]
     assert figures["train/steps"] == 40
-    assert figures["train/updates"] == 40 - 30  # learning starts after three quarters
+    assert figures["train/updates"] == 40 - 32  # learning starts after four fifths
     for setting in SETTINGS:
         assert figures[f"eval/{setting}/episodes"] == 1
         assert figures[f"eval/{setting}/return_std"] == 0
@@ -174,7 +174,7 @@ def test_one_seed_is_one_run(trained, tmp_path):
     t = trained("cartpole_swingup")
     shutil.copytree(t.maskers, tmp_path / "maskers")
     args = [*SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--masker-path=maskers", "--eval-settings", "train", "--augmentation=mix"]
-    args += ["--clean-masker=teacher", "--actor-judge=own", "--eval-every=30", "--updates-per-step=0.5", "--catch-up"]
+    args += ["--clean-masker=teacher", "--actor-judge=own", "--eval-every=30", "--updates-per-step=0.5"]
     processes = [start(RL, *args, f"--exp-name={name}", f"--seed={seed}", cwd=tmp_path) for name, seed in (("a", 1), ("b", 1))]
     for process in processes:
         assert "step 30: train" in finish(process)[0]
@@ -182,7 +182,7 @@ def test_one_seed_is_one_run(trained, tmp_path):
     rows = {}
     for name in "abc":
         folder = only(tmp_path, f"runs/*__{name}__*")
-        assert metrics(folder)["train/updates"] == 20
+        assert metrics(folder)["train/updates"] == 4
         with (folder / "evaluations.csv").open(newline="") as file:
             assert [row["step"] for row in csv.DictReader(file) if row["figure"] == "eval/train/return_mean"] == ["30", "40"]
         figures = {key: value for key, value in metrics(folder).items() if key != "train/seconds"}
@@ -200,7 +200,7 @@ def test_without_masker(tmp_path):
     folder = only(tmp_path, "runs/*")
     assert folder.name.startswith("cartpole_swingup__talas__1__")
     figures = metrics(folder)
-    assert figures["train/updates"] == 10
+    assert figures["train/updates"] == 8
     assert {"eval/train/return_mean", "eval/procedural/return_mean"} <= figures.keys()
     assert not [key for key in figures if "video" in key]
     film = np.stack([np.asarray(frame) for frame in imageio.get_reader(folder / "train.mp4")])
@@ -222,7 +222,7 @@ def test_a_second_run_waits_for_the_first_ones_masker(trained, tmp_path):
     assert waited
     assert "making one" not in out
     assert not list(tmp_path.glob("runs/*__phase*"))
-    assert metrics(only(tmp_path, "runs/*__talas__*"))["train/updates"] == 10
+    assert metrics(only(tmp_path, "runs/*__talas__*"))["train/updates"] == 8
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
