@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -327,5 +328,6 @@ def test_help_explains_every_flag(script, tmp_path):
     source = (ROOT / f"{script}.py").read_text()
     for field in fields(importlib.import_module(script).Args):
         assert f"--{field.name.replace('_', '-')}" in out, field.name
-        assert f"{field.name}:" in source
-        assert source.split(f"\n    {field.name}:")[1].split("\n")[1].startswith('    """'), f"{field.name} is not documented"
+        line, below = re.search(rf"\n    ({field.name}: .*)\n(.*)", source).groups()  # documented beside the field, or in a string below it
+        said = line.split("  # ")[1] if "  # " in line else re.match(r' {4}"""(.+)"""', below)[1]
+        assert " ".join(said.split()[:3]).lower() in " ".join(out.replace("│", " ").split()).lower(), f"{field.name} is not documented"
