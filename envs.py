@@ -12,6 +12,7 @@ task without pixels; backgrounds and colours; `TalasEnv`, which adds cameras, se
 augmentations that Phase II and the agent train with.
 """
 
+import atexit
 import contextlib
 import difflib
 import fnmatch
@@ -451,6 +452,15 @@ def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------ the environment
+RENDERERS: weakref.WeakSet[mujoco.Renderer] = weakref.WeakSet()
+
+
+def close_renderers() -> None:
+    """Close what nobody closed: renderers that outlive EGL end in tracebacks at the interpreter's exit."""
+    for renderer in list(RENDERERS):
+        renderer.close()
+
+
 class TalasEnv(gym.Env):
     """A task seen through a camera, under a visual setting. Build it with `make_env`."""
 
@@ -550,7 +560,9 @@ class TalasEnv(gym.Env):
             except Exception as error:  # what a missing driver raises depends on the backend
                 gl = os.environ.get("MUJOCO_GL")
                 raise UserError(f"MUJOCO_GL={gl} cannot render ({error}): unset it; on Debian or Ubuntu apt-get install libegl1 libgl1") from None
-            self._release = weakref.finalize(self, self._renderer.close)  # left to the interpreter's exit, EGL complains
+            RENDERERS.add(self._renderer)
+            atexit.unregister(close_renderers)
+            atexit.register(close_renderers)  # last in, first out: after this renderer's start, so before EGL's own end
         # Twice for an infinite plane, which MuJoCo lays out around the camera of the update before: a frame would depend on history.
         for _ in range(2 if self.row.loader == "unitree" else 1):
             self._renderer.update_scene(self.data, self.row.camera, option)
@@ -622,7 +634,7 @@ class TalasEnv(gym.Env):
 
     def _close_renderer(self) -> None:
         if self._renderer is not None:
-            self._release()
+            self._renderer.close()
             self._renderer = None
 
     def close(self) -> None:

@@ -172,8 +172,8 @@ def test_video_hard_leaves_the_robot_alone_and_keys_the_rest(make, tiny, name):
         mask = train.segment(row.prompt)
         assert np.array_equal(mask, hard.segment(row.prompt))
         core, keyed = erode(mask), (raw_render(hard) == 0).all(2)
-        changed = (clean != shown).any(2)[core].mean() if core.any() else 0  # a cartpole's pole is thinner than 5 px
-        assert changed <= (0.02 if row.loader != "suite" else 0)  # gaps narrower than a pixel show the ground through an antialiased one
+        changed = (clean != shown).any(2)[core].sum()  # gaps narrower than a pixel show the ground through an antialiased one
+        assert changed <= (0 if row.loader == "suite" else max(2, 0.02 * core.sum()))  # of a far hand, eroded, some 50 pixels are left
         assert keyed.mean() > KEYED_SHARE[name] and not keyed[core].any()
         if name == "walker_walk":
             assert core.sum() > 20
