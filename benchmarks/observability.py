@@ -1,0 +1,110 @@
+"""What cartpole's camera does not show, and what that costs: the agent's own update, on the state instead of pictures, less what the picture hides.
+
+    full        position, angle and both velocities
+    positions   position and angle (its cosine and sine) in the last three frames: what a perfect encoder could read off whole poles
+    seen        the same, but cosine and sine are 0 where the picture shows less than a third of the pole: beyond its border, which the
+                cart can reach, and where the pole lies behind the rail
+
+No encoder and no augmentation: what is left of the difference is the task's own.
+
+python benchmarks/observability.py --output results/observability.csv
+"""
+
+import csv
+import math
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import talas_asymmetric_sac as talas
+from envs import make_env, set_up_torch
+
+
+@dataclass
+class Args:
+    steps: int = 4000  # agent steps of action repeat 8, an update each after the first 500
+    seeds: tuple[int, ...] = (1, 2)  # a run of each variant for each
+    variants: tuple[str, ...] = ("full", "positions", "seen")  # what the agent is given
+    output: str = "results/observability.csv"  # training returns, and the share of each episode's pictures that hide the pole
+
+
+class State(gym.Wrapper):
+    """Cartpole with its state, or what can be seen of it, as proprioception, and one black pixel as the picture."""
+
+    def __init__(self, variant: str, seed: int):
+        super().__init__(make_env("cartpole_swingup", seed=seed))
+        self.variant, self.hidden = variant, []
+        self.frames: deque[list[float]] = deque(maxlen=1 if variant == "full" else 3)
+
+    def look(self) -> dict[str, np.ndarray]:
+        (x, angle), (speed, spin) = self.unwrapped.physics.data.qpos, self.unwrapped.physics.data.qvel
+        self.hidden.append(self.unwrapped.segment("the pole").sum() < 20)  # of some 60 pixels
+        seen = self.variant != "seen" or not self.hidden[-1]
+        self.frames.append([x, math.cos(angle) * seen, math.sin(angle) * seen] + ([speed / 2, spin / 8] if self.variant == "full" else []))
+        return {"pixels": np.zeros((9, 1, 1), np.uint8), "proprio": np.array(self.frames, np.float32).ravel()}
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        self.frames.clear()
+        self.hidden.clear()
+        for _ in range(self.frames.maxlen):
+            obs = self.look()
+        return obs, info
+
+    def step(self, action: np.ndarray):
+        _, reward, terminated, truncated, info = self.env.step(action)
+        return self.look(), reward, terminated, truncated, info
+
+
+def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]:
+    """(step, training return, share of pictures that hide the pole), per episode."""
+    device, _ = set_up_torch("cpu", seed, True)
+    talas.Encoder = lambda channels, kind: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # nothing to encode
+    given = {"actor_views": "clean", "critic_views": "clean", "shift": 0, "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3}
+    env = State(variant, seed)
+    env.action_space.seed(seed)
+    obs, _ = env.reset()
+    agent = talas.Agent(talas.Args(precision="fp32", **given), 9, len(obs["proprio"]), 1, None, None)
+    replay = talas.Replay(args.steps + args.steps // 125 + 8, obs, 1, device)
+    pixel = torch.zeros(1, 1, dtype=torch.uint8)
+    replay.add_frame(obs, pixel, first=True)
+    episodes, total = [], 0.0
+    for step in range(1, args.steps + 1):
+        picture, mask, state = talas.observe(None, obs, device)
+        action = env.action_space.sample() if step <= 500 else agent.act(picture, mask, state, mean=False)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        replay.add_step(action, reward, terminated, obs, pixel)
+        total += reward
+        if truncated:
+            episodes.append((step, total, float(np.mean(env.hidden))))
+            total, (obs, _) = 0.0, env.reset()
+            replay.add_frame(obs, pixel, first=True)
+        if step > 500:
+            agent.update(replay.sample(128))
+    env.close()
+    return episodes
+
+
+def main(args: Args) -> None:
+    print(f"{'variant':<12}{'seed':>5}{'pole hidden':>13}{'return, last 8 episodes':>25}")
+    with Path(args.output).open("w", newline="", buffering=1) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["variant", "seed", "step", "train_return", "pole_hidden"])
+        for seed in args.seeds:
+            for variant in args.variants:
+                episodes = learn(args, variant, seed)
+                writer.writerows([variant, seed, step, f"{total:.2f}", f"{hidden:.3f}"] for step, total, hidden in episodes)
+                last, hidden = np.mean([total for _, total, _ in episodes[-8:]]), np.mean([hidden for *_, hidden in episodes])
+                print(f"{variant:<12}{seed:>5}{hidden:>13.2f}{last:>25.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
