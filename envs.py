@@ -64,6 +64,8 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
+    if seed < 0:
+        raise UserError(f"--seed {seed}: has to be 0 or more")
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: costs a tenth of the time, and all of replay's memory at once
@@ -413,16 +415,13 @@ def read_video(path: Path, length: int, size: int) -> np.ndarray:
     RL-ViGen's arithmetic: bilinear with half-pixel centres, no antialiasing, truncated to bytes. Raises UserError if no frame can be decoded.
     """
     capture, frames = cv2.VideoCapture(str(path)), []
-    while len(frames) < length and (decoded := capture.read())[0]:
-        frames.append(decoded[1])  # (h, w, 3) BGR
+    while len(frames) < length and (decoded := capture.read())[0]:  # one at a time: 500 frames of 352² in floating point would be 700 MB
+        rgb = torch.from_numpy(decoded[1]).permute(2, 0, 1).flip(0) / 255  # (3, h, w), from BGR
+        frames.append((F.interpolate(rgb[None], (size, size), mode="bilinear", align_corners=False)[0] * 255).byte().permute(1, 2, 0))
     capture.release()
     if not frames:
         raise UserError(f"{path}: no frame of this video can be decoded")
-    small = []
-    for i in range(0, len(frames), 32):  # in chunks: 500 frames of 352² in floating point would be 700 MB
-        rgb = torch.from_numpy(np.stack(frames[i : i + 32])).permute(0, 3, 1, 2).flip(1) / 255
-        small.append((F.interpolate(rgb, (size, size), mode="bilinear", align_corners=False) * 255).byte())
-    return torch.cat(small).permute(0, 2, 3, 1).contiguous().numpy()
+    return torch.stack(frames).contiguous().numpy()
 
 
 @lru_cache
@@ -443,12 +442,10 @@ def load_colours(path: Path) -> list[dict[str, np.ndarray]]:
 
 def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
     """A view (height, width, channels) uint8 of a texture's bytes inside the model; writing to it before a renderer exists changes the picture."""
-    tex = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_TEXTURE, name)
-    if tex < 0:
-        raise UserError(f"this task's model has no texture {name!r}, which this setting repaints: choose another --setting")
-    height, width, channels = int(model.tex_height[tex]), int(model.tex_width[tex]), int(model.tex_nchannel[tex])
-    start = int(model.tex_adr[tex])
-    return model.tex_data[start : start + height * width * channels].reshape(height, width, channels)
+    try:
+        return model.tex(name).data
+    except KeyError:
+        raise UserError(f"this task's model has no texture {name!r}, which this setting repaints: choose another --setting") from None
 
 
 # ------------------------------------------------------------------------------------------------------ the environment
@@ -462,18 +459,37 @@ def close_renderers() -> None:
 
 
 class TalasEnv(gym.Env):
-    """A task seen through a camera, under a visual setting. Build it with `make_env`."""
+    """A task seen through a camera, under a visual setting.
+
+    Observations are {"pixels": (3 * frame_stack, image_size, image_size) uint8, RGB frames, channel first, oldest first; "proprio": (P,) float32},
+    P = 24 hand joint angles on Adroit and 0 elsewhere. Actions are Box(-1, 1). `distractors` (or TALAS_DISTRACTORS) is a folder in DMControl-GB's
+    layout; `reward` matters on Adroit only; `action_repeat` overrides the table's. Raises UserError for whatever the caller can mend.
+    """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    def __init__(self, env_id: str, setting: Setting, seed: int, distractors: str | None, size: int, stack: int, reward: str, repeat: int | None):
-        self.env_id, self.setting, self.base_seed, self.distractors = resolve_env_id(env_id), setting, seed, distractors
+    def __init__(
+        self,
+        env_id: str,
+        setting: Setting = "train",
+        seed: int = 1,
+        *,
+        distractors: str | None = None,
+        image_size: int = 84,
+        frame_stack: int = 3,
+        reward: Literal["dense", "sparse"] = "dense",
+        action_repeat: int | None = None,
+    ):
+        if setting not in SETTINGS:
+            raise UserError(f"unknown setting {setting!r}: choose from {', '.join(SETTINGS)}")
+        self.env_id, self.setting, self.base_seed = resolve_env_id(env_id), setting, seed
+        self.distractors = distractors or os.environ.get("TALAS_DISTRACTORS")
         self.row = task_row(self.env_id)
-        self.repeat = self.row.repeat if repeat is None else repeat
+        self.repeat = self.row.repeat if action_repeat is None else action_repeat
         self.episode_steps = self.row.steps * self.row.repeat // max(1, self.repeat)
         if self.repeat < 1 or self.episode_steps < 1:
             raise UserError(f"--action-repeat {self.repeat}: an episode of {self.env_id} has {self.row.steps * self.row.repeat} control steps")
-        self.size, self.render_mode = size, "rgb_array"
+        self.size, self.render_mode = image_size, "rgb_array"
         loaders = {"suite": SuiteTask, "unitree": UnitreeTask, "adroit": AdroitTask}
         self.task = loaders[self.row.loader](self.env_id, self.row, **({"reward": reward} if self.row.loader == "adroit" else {}))
         self.model, self.data = self.task.model, self.task.data
@@ -482,17 +498,17 @@ class TalasEnv(gym.Env):
         self._prepare_setting()
         self._renderer: mujoco.Renderer | None = None
         self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
-        self._frames: deque[np.ndarray] = deque(maxlen=stack)
+        self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
         self._episode, self._step = -1, 0
         self.action_space = gym.spaces.Box(-1, 1, (self.task.action_size,), np.float32)
-        pixels = gym.spaces.Box(0, 255, (3 * stack, size, size), np.uint8)
+        pixels = gym.spaces.Box(0, 255, (3 * frame_stack, image_size, image_size), np.uint8)
         self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=gym.spaces.Box(-np.inf, np.inf, self.task.proprio().shape, np.float32))
 
     def _names(self) -> dict[str, str]:
         """The vocabulary of a model that the table does not know: its bodies, the geoms of its world, and "robot" for all bodies."""
         bodies = [name for b in range(1, self.model.nbody) if (name := self.model.body(b).name)]
         world = [name for g in range(self.model.ngeom) if self.model.geom_bodyid[g] == 0 and (name := self.model.geom(g).name)]
-        return {name.replace("_", " "): name for name in bodies + world} | {"robot": " ".join(bodies)}
+        return {name.replace("_", " ").lower(): name for name in bodies + world} | {"robot": " ".join(bodies)}
 
     def _prepare_setting(self) -> None:
         """Check that the setting can be had, and paint what is keyed black. Textures go to the renderer when it is made, so this comes first."""
@@ -512,7 +528,7 @@ class TalasEnv(gym.Env):
         if self.setting.startswith("color"):
             palettes = load_colours(Path(self.distractors) / f"{self.setting}.pt")
             self.task.recolour(palettes[rng.integers(len(palettes))])
-            self._close_renderer()  # the next one takes the new textures along
+            self.close()  # the next renderer takes the new textures along
         elif self.setting == "procedural":
             self._background = procedural_video(rng, self.episode_steps + 1, self.size)
         elif self.setting != "train":  # RL-ViGen moves on by one before each episode, so the first episode shows the second video
@@ -589,11 +605,8 @@ class TalasEnv(gym.Env):
         self._renderer.enable_segmentation_rendering()
         objects = self._render(option)  # (H, W, 2) int32: id and type
         self._renderer.disable_segmentation_rendering()
-        mask = np.zeros(objects.shape[:2], bool)
-        for ids in wanted:
-            for kind, members in ids.items():
-                mask |= (objects[..., 1] == kind) & np.isin(objects[..., 0], members)
-        return mask
+        shown = [(objects[..., 1] == kind) & np.isin(objects[..., 0], ids) for phrase in wanted for kind, ids in phrase.items()]
+        return np.logical_or.reduce(shown)
 
     def _lookup(self, phrase: str) -> dict[int, list[int]]:
         """The ids that a noun phrase stands for, by MuJoCo's object type. A body stands for its geoms and sites."""
@@ -624,7 +637,8 @@ class TalasEnv(gym.Env):
         self._step = t
         return self.render()
 
-    EPISODE_FIELDS = ("body_pos", "body_quat", "site_pos", "site_quat", "site_rgba")  # what episodes change in the model, beside the state
+    # What episodes change in the model, beside the state.
+    EPISODE_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_size", "site_pos", "site_quat", "site_size", "site_rgba")
 
     def get_state(self) -> list[np.ndarray]:
         """All that decides what the scene looks like: MuJoCo's integration state and the model's fields that episodes change."""
@@ -632,13 +646,13 @@ class TalasEnv(gym.Env):
         mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
         return [state, *(getattr(self.model, name).copy() for name in self.EPISODE_FIELDS)]
 
-    def _close_renderer(self) -> None:
+    def close(self) -> None:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
 
-    def close(self) -> None:
-        self._close_renderer()
+
+make_env = TalasEnv
 
 
 def parse_prompt(prompt: str) -> list[str]:
@@ -665,50 +679,32 @@ def mask_iou(pred: np.ndarray, true: np.ndarray, tolerance: int = 0) -> np.ndarr
     return np.where(union == 0, 1.0, shared.sum((1, 2)) / np.maximum(union, 1))
 
 
-def make_env(
-    env_id: str,
-    setting: Setting = "train",
-    seed: int = 1,
-    *,
-    distractors: str | None = None,
-    image_size: int = 84,
-    frame_stack: int = 3,
-    reward: Literal["dense", "sparse"] = "dense",
-    action_repeat: int | None = None,
-) -> TalasEnv:
-    """A task under a visual setting, as a gymnasium.Env.
-
-    Observations are {"pixels": (3 * frame_stack, image_size, image_size) uint8, RGB frames, channel first, oldest first; "proprio": (P,) float32},
-    P = 24 hand joint angles on Adroit and 0 elsewhere. Actions are Box(-1, 1). `distractors` (or TALAS_DISTRACTORS) is a folder in DMControl-GB's
-    layout; `reward` matters on Adroit only; `action_repeat` overrides the table's. Raises UserError for whatever the caller can mend.
-    """
-    if setting not in SETTINGS:
-        raise UserError(f"unknown setting {setting!r}: choose from {', '.join(SETTINGS)}")
-    return TalasEnv(env_id, setting, seed, distractors or os.environ.get("TALAS_DISTRACTORS"), image_size, frame_stack, reward, action_repeat)
-
-
 # ------------------------------------------------------------------------------------------ photographs and augmentations
 PHOTO_SIZE = 128  # photographs are kept a little larger than an observation, so that a random crop still has detail
 
 
-def load_photographs(folder: str | None, count: int, seed: int) -> torch.Tensor:
+def load_photographs(folder: str | None, count: int, seed: int, part: Literal["all", "train", "test"] = "all") -> torch.Tensor:
     """(N, 3, 128, 128) uint8: a seeded sample of at most `count` images from a folder (searched recursively; argument or TALAS_OVERLAY).
 
+    Every tenth file of the folder is the maskers' `test` part, whatever the seed, of which a tenth of `count` is drawn; the rest is `train`.
     Without a folder: 1,000 synthetic images. A file that cannot be decoded is skipped with a warning; none left is a UserError.
     """
-    rng, folder = np.random.default_rng([seed, 2]), folder or os.environ.get("TALAS_OVERLAY")
+    folder, count = folder or os.environ.get("TALAS_OVERLAY"), count // 10 if part == "test" else count
+    rng = np.random.default_rng([seed, 3 if part == "test" else 2])
+    if count < 1:
+        raise UserError("--overlay-images: has to be at least 10")
     if not folder:
-        print("photographs: 1,000 synthetic images (give --overlay FOLDER or set TALAS_OVERLAY for real ones)", flush=True)
-        images = [synthetic_image(rng, PHOTO_SIZE) for _ in range(min(count, 1000))]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    if not Path(folder).is_dir():
+        photos = [synthetic_image(rng, PHOTO_SIZE) for _ in range(min(count, 100 if part == "test" else 1000))]
+        print(f"photographs: {len(photos):,} synthetic images (give --overlay FOLDER or set TALAS_OVERLAY for real ones)", flush=True)
+    elif not Path(folder).is_dir():
         raise UserError(f"--overlay {folder}: no such folder")
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-    chosen = [files[i] for i in sorted(rng.permutation(len(files))[:count])]
-    photos = [photo for path in chosen if (photo := read_photograph(path)) is not None]
-    if not photos:
-        raise UserError(f"--overlay {folder}: {'none of its images can be read' if files else 'no images (.jpg, .png, .webp, .bmp) in it'}")
-    print(f"photographs: {len(photos):,} of the {len(files):,} in {folder}", flush=True)
+    else:
+        every = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+        files = every[::10] if part == "test" else [p for i, p in enumerate(every) if part == "all" or i % 10]
+        photos = [photo for i in sorted(rng.permutation(len(files))[:count]) if (photo := read_photograph(files[i])) is not None]
+        if not photos:
+            raise UserError(f"--overlay {folder}: {'none of its images can be read' if files else 'no or too few images (.jpg, .png, .webp, .bmp)'}")
+        print(f"photographs: {len(photos):,} of the {len(every):,} in {folder}", flush=True)
     return torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).contiguous()
 
 

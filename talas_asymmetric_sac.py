@@ -18,6 +18,7 @@ The last line is the asymmetry: an action chosen from the augmented view is judg
 
 import copy
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -131,17 +132,17 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
     """
     folder = Path(args.masker_path or f"runs/maskers/{args.env}")
     path = folder / f"{which}.pt"
-    if not args.masker_path:
+    if not args.masker_path and not path.is_file():
+        print(f"no {which} in {folder}: making one first (Phases I and II, some ten minutes on a CPU), or waiting for a run that does", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            if not (folder / "student.pt").is_file():
-                print(f"no masker in {folder}: making one first (Phases I and II, some ten minutes on a CPU)", flush=True)
-                given = {name: value for name in ("env", "overlay", "device", "distractors") if (value := getattr(args, name))}
-                for script in ("talas_phase1.py", "talas_phase2.py"):
-                    flags = [f"--{name}={value}" for name, value in given.items() if script == "talas_phase1.py" or name != "distractors"]
-                    print(f"$ python {script} {' '.join(flags)}", flush=True)
-                    if subprocess.run([sys.executable, Path(__file__).with_name(script), *flags]).returncode:
-                        raise UserError(f"{script} failed (see above); no masker, no training. --masker none does without")
+            begun = (folder / "teacher.pt").is_file() and (folder / "frames.npz").is_file()  # perhaps by hand, with a prompt of one's own
+            for script in () if path.is_file() else ("talas_phase2.py",) if begun else ("talas_phase1.py", "talas_phase2.py"):
+                names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if script == "talas_phase1.py" else ())
+                flags = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name))]
+                print(f"$ python {script} {' '.join(flags)}", flush=True)
+                if subprocess.run([sys.executable, Path(__file__).with_name(script), *flags]).returncode:
+                    raise UserError(f"{script} failed (see above); no masker, no training. --masker none does without")
     if not path.is_file():
         raise UserError(f"{path}: no such masker; make it with talas_phase1.py and talas_phase2.py")
     try:
@@ -179,7 +180,8 @@ def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
     rows, cols = (torch.randint(2 * pad + 1, (batch,)).tolist() for _ in range(2))
     shifted = []
     for stack in stacks:
-        padded = F.pad(stack, (pad,) * 4, mode="replicate")
+        padded = torch.cat([stack[..., :1]] * pad + [stack] + [stack[..., -1:]] * pad, 3)  # F.pad has no bytes on a GPU
+        padded = torch.cat([padded[:, :, :1]] * pad + [padded] + [padded[:, :, -1:]] * pad, 2)
         # Windows into the padded stack, one copy a sample: a gather by index tensors would visit every byte on its own.
         shifted.append(torch.stack([padded[b, :, rows[b] : rows[b] + height, cols[b] : cols[b] + width] for b in range(batch)]))
     return shifted
@@ -362,14 +364,9 @@ class Agent(nn.Module):
             self.alpha_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
-        return {
-            "losses/qf_loss": critic_loss.detach(),
-            "losses/qf_values": q.detach().mean(),
-            "losses/actor_loss": actor_loss.detach(),
-            "losses/alpha_loss": alpha_loss.detach(),
-            "losses/alpha": self.log_alpha.detach().exp(),
-            "losses/entropy": -log_prob.mean(),
-        }
+        metrics = {"qf_loss": critic_loss, "qf_values": q.mean(), "actor_loss": actor_loss, "alpha_loss": alpha_loss}
+        metrics |= {"alpha": self.log_alpha.exp(), "entropy": -log_prob.mean()}
+        return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> np.ndarray:
@@ -394,7 +391,6 @@ class Replay:
         self.proprio = torch.empty((capacity, *obs["proprio"].shape))
         self.actions, self.rewards, self.dones = torch.empty((capacity, action_dim)), torch.empty(capacity), torch.empty(capacity)
         self.first = torch.zeros(capacity, dtype=torch.int64)  # the number of the first frame of this frame's episode
-        self.number = torch.zeros(capacity, dtype=torch.int64)  # the number of the frame in this slot
         self.valid = torch.zeros(capacity, dtype=torch.bool)  # does a whole transition start here?
         self.n = 0  # frames ever written
 
@@ -406,7 +402,6 @@ class Replay:
         self.frames[slot] = torch.from_numpy(obs["pixels"][-3:])
         self.masks[slot] = mask
         self.proprio[slot] = torch.from_numpy(obs["proprio"])
-        self.number[slot] = self.n
         self.first[slot] = self.n if first else self.first[slot - 1]
         self.n += 1
 
@@ -425,12 +420,9 @@ class Replay:
         return frames.flatten(1, 2), masks, self.proprio[slots].to(self.device)
 
     def sample(self, batch_size: int) -> Batch:
-        slots = torch.zeros(0, dtype=torch.int64)
-        while len(slots) < batch_size:  # nearly every slot is valid, so a few draws too many are enough
-            drawn = torch.randint(min(self.n, self.capacity), (batch_size + 16,))
-            slots = torch.cat([slots, drawn[self.valid[drawn]]])
-        slots = slots[:batch_size]
-        numbers = self.number[slots]
+        valid = self.valid.nonzero().squeeze(1)
+        slots = valid[torch.randint(len(valid), (batch_size,))]
+        numbers = self.n - 1 - (self.n - 1 - slots) % self.capacity  # of the frames that lie there now
         obs, mask, proprio = self._stacks(numbers)
         next_obs, next_mask, next_proprio = self._stacks(numbers + 1)
         action, reward, done = (values[slots].to(self.device) for values in (self.actions, self.rewards, self.dones))
@@ -459,8 +451,7 @@ def evaluate(agent: Agent, args: Args, setting: Setting, episodes: int, prompt: 
             pixels, mask, proprio = observe(agent.masker, obs, device)
             if film and episode == 0:
                 frame, grey = obs["pixels"][-3:].transpose(1, 2, 0), mask[0, -1].cpu().numpy()[..., None]
-                panel = np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1)
-                panels.append(panel.repeat(4, 0).repeat(4, 1))
+                panels.append(np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1))
             if prompt and step % 5 == 0:
                 true = env.segment(prompt)[None]
                 ious.append([mask_iou(mask[:, -1].cpu().numpy() > 127, true, tolerance)[0] for tolerance in (0, 1)])
@@ -477,7 +468,9 @@ def evaluate(agent: Agent, args: Args, setting: Setting, episodes: int, prompt: 
         name = "clean" if setting == "train" else setting
         figures |= {f"iou/{name}": float(np.mean(ious, 0)[0]), f"iou_1px/{name}": float(np.mean(ious, 0)[1])}
     if film:
-        imageio.mimwrite(film, panels, fps=25, macro_block_size=None)
+        with imageio.get_writer(film, fps=25, macro_block_size=None) as writer:
+            for panel in panels:
+                writer.append_data(panel.repeat(4, 0).repeat(4, 1))
     return figures
 
 
@@ -526,6 +519,8 @@ def main(args: Args) -> None:
         raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
     if min(args.total_timesteps, args.batch_size, args.eval_every, args.replay_size // 100) < 1:
         raise UserError("--total-timesteps, --batch-size and --eval-every have to be at least 1, --replay-size at least 100")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs Weights & Biases: pip install wandb")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
     env_kwargs = {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
@@ -567,10 +562,8 @@ def main(args: Args) -> None:
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
     if args.track:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--track needs Weights & Biases: pip install wandb") from None
+        import wandb
+
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, config=asdict(args), name=run.name, dir=run)
     writer = SummaryWriter(run)
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
@@ -579,10 +572,18 @@ def main(args: Args) -> None:
     returns.writerow(["step", "episode", "return", "length", "success", "seconds"])
     evaluations.writerow(["step", "figure", "value"])
 
-    def log(figures: dict[str, float], step: int) -> None:
+    def report(step: int, folder: Path | None) -> dict[str, float]:
+        """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
+        save_checkpoint(run / "checkpoint.pt", agent, args, step, prompt)
+        with torch.random.fork_rng():
+            figures, sample = evaluate_all(agent, args, settings, episodes, prompt, folder), replay.sample(8)
+            with torch.no_grad(), agent.autocast():
+                views = [view[:, -3:].float() for view in agent.views(sample.obs, sample.mask) if view is not None]
+        writer.add_images("views/clean_and_augmented", torch.cat(views, 3), step)
         for key, value in figures.items():
             writer.add_scalar(key, value, step)
             evaluations.writerow([step, key, f"{value:.4f}"])
+        return figures
 
     print(
         f"TaLaS on {args.env}: {args.total_timesteps:,} agent steps × action repeat {env.repeat} = {args.total_timesteps * env.repeat:,} frames; "
@@ -616,19 +617,13 @@ def main(args: Args) -> None:
         while updates < int(args.updates_per_step * (step - learning_starts)):
             metrics = agent.update(replay.sample(args.batch_size))
             updates += 1
-            if updates % 100 == 0:
+            if updates % 100 == 1:
                 for key, value in metrics.items():
                     writer.add_scalar(key, value.item(), step)
                 writer.add_scalar("charts/SPS", step / (time.time() - started - evaluation_seconds), step)
         if step % args.eval_every == 0 and step < args.total_timesteps:
             before = time.time()
-            figures = evaluate_all(agent, args, settings, episodes, prompt, None)
-            log(figures, step)
-            with torch.no_grad(), agent.autocast():
-                sample = replay.sample(8)
-                views = [view for view in agent.views(sample.obs, sample.mask) if view is not None]
-            writer.add_images("views/clean_and_augmented", torch.cat([view[:, -3:].float() for view in views], 3), step)
-            save_checkpoint(run / "checkpoint.pt", agent, args, step, prompt)
+            figures = report(step, None)
             bar.write(f"step {step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
             evaluation_seconds += time.time() - before
         bar.update()
@@ -636,9 +631,7 @@ def main(args: Args) -> None:
     env.close()
 
     # ---- the end: the table, the films, the figures
-    save_checkpoint(run / "checkpoint.pt", agent, args, args.total_timesteps, prompt)
-    figures = evaluate_all(agent, args, settings, episodes, prompt, run)
-    log(figures, args.total_timesteps)
+    figures = report(args.total_timesteps, run)
     for file in (writer, returns_file, evaluations_file):
         file.close()
     figures |= {"train/steps": args.total_timesteps, "train/updates": updates, "train/seconds": round(time.time() - started, 1)}

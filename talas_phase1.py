@@ -270,10 +270,9 @@ def collect_tests(args: Args, env: TalasEnv, prompt: str, photos: torch.Tensor) 
 
     Half spread, a quarter random, a quarter as a good policy would have them. `photos` are held out from Phase II's training.
     """
-    n, settings = args.test_frames, ["procedural"]
-    if args.distractors or os.environ.get("TALAS_DISTRACTORS"):
-        settings += ["video_easy", "video_hard"]
-    others = {setting: make_env(args.env, setting, args.seed, distractors=args.distractors) for setting in settings}
+    n, media = args.test_frames, args.distractors
+    settings = ["procedural", *(name for name in ("video_easy", "video_hard") if media and (Path(media) / name).is_dir())]
+    others = {setting: make_env(args.env, setting, args.seed, distractors=media) for setting in settings}
     rng = np.random.default_rng([args.seed, 1])
     tests = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", "overlay", *settings)}
     tests["masks"] = np.empty((n, env.size, env.size), bool)
@@ -349,12 +348,15 @@ def main(args: Args) -> None:
 
     if args.test_frames < 4 or (args.frames or 2) < 2:
         raise UserError("--frames and --test-frames: at least 2 and 4, so that there is one of each kind")
+    args.distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
+    if args.distractors and not Path(args.distractors).is_dir():
+        raise UserError(f"--distractors {args.distractors}: no such folder")
     output = Path(args.output or f"runs/maskers/{args.env}")
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     env = make_env(args.env, "train", args.seed)
     env.reset()
     env.segment(prompt)  # a phrase that the task does not know is an error before anything is written
-    photos = load_photographs(args.overlay, args.overlay_images, args.seed)[::10]  # every tenth is held out for tests, here and in Phase II
+    photos = load_photographs(args.overlay, args.overlay_images, args.seed, "test")  # Phase II trains on the others
     output.mkdir(parents=True, exist_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -362,10 +364,12 @@ def main(args: Args) -> None:
 
     n = args.frames or task_row(args.env).mask_frames
     print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
+    tests = collect_tests(args, env, prompt, photos)  # first: what is wrong with the media shows at once
     frames, masks = collect(args, env, prompt, n)
-    tests = collect_tests(args, env, prompt, photos)
     env.close()
     arrays = {"train_frames": frames, "train_masks": np.packbits(masks), **{f"test_{key}": value for key, value in tests.items()}}
+    for name in ("teacher.pt", "student.pt"):
+        (output / name).unlink(missing_ok=True)  # made from other frames, perhaps for another prompt
     save_atomically(lambda path: np.savez(path, **arrays), output / "frames.npz")
 
     # ---- the teacher
@@ -400,14 +404,8 @@ def main(args: Args) -> None:
     figures |= {"seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
     draw_sheet(masker, tests, device, run / "masks.png")
-    checkpoint = {
-        "version": 1,
-        "kind": "teacher",
-        "env_id": args.env,
-        "image_size": frames.shape[-1],
-        "prompt": prompt,
-        "state_dict": masker.cpu().state_dict(),
-    }
+    checkpoint = {"version": 1, "kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt}
+    checkpoint["state_dict"] = masker.cpu().state_dict()
     save_atomically(lambda path: torch.save(checkpoint, path), output / "teacher.pt")
     print(f"\nwritten: {output}/teacher.pt, {output}/frames.npz, {run}/metrics.json, {run}/masks.png (look at it)")
 

@@ -84,7 +84,8 @@ def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
     rows, cols = (torch.randint(2 * pad + 1, (batch,)).tolist() for _ in range(2))
     shifted = []
     for stack in stacks:
-        padded = F.pad(stack, (pad,) * 4, mode="replicate")
+        padded = torch.cat([stack[..., :1]] * pad + [stack] + [stack[..., -1:]] * pad, 3)  # F.pad has no bytes on a GPU
+        padded = torch.cat([padded[:, :, :1]] * pad + [padded] + [padded[:, :, -1:]] * pad, 2)
         # Windows into the padded stack, one copy a sample: a gather by index tensors would visit every byte on its own.
         shifted.append(torch.stack([padded[b, :, rows[b] : rows[b] + height, cols[b] : cols[b] + width] for b in range(batch)]))
     return shifted
@@ -164,8 +165,7 @@ def main(args: Args) -> None:
             frames, tests = archive["train_frames"], {key[5:]: archive[key] for key in archive.files if key.startswith("test_")}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}/frames.npz: cannot be read ({error}); run Phase I again") from None
-    photos = load_photographs(args.overlay, args.overlay_images, args.seed)
-    photos = photos[torch.arange(len(photos)) % 10 != 0].to(device)  # every tenth is held out for the overlay test, as in Phase I
+    photos = load_photographs(args.overlay, args.overlay_images, args.seed, "train").to(device)  # Phase I kept the others for its overlay test
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))

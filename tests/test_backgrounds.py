@@ -424,6 +424,17 @@ def test_broken_photographs(tmp_path):
             envs.load_photographs(str(only), 5000, 1)
 
 
+def test_held_out_photographs_stay_held_out(tmp_path):
+    """Whatever the seed and the count, no photograph is in both parts."""
+    write_photos(tmp_path, 24)
+    train = {grey for seed in range(4) for grey in greys(envs.load_photographs(str(tmp_path), 20, seed, "train"))}
+    test = {grey for seed in range(4) for grey in greys(envs.load_photographs(str(tmp_path), 20, seed, "test"))}
+    assert not train & test and len(train) > 15 and len(test) > 1
+    assert len(envs.load_photographs(str(tmp_path), 5000, 1, "train")) == 21 and len(envs.load_photographs(str(tmp_path), 5000, 1, "test")) == 3
+    with pytest.raises(envs.UserError, match="--overlay-images"):
+        envs.load_photographs(str(tmp_path), 0, 1)
+
+
 def test_photograph_folders_that_are_empty_or_missing(tmp_path):
     (tmp_path / "photo.txt").write_text("not an image")
     for folder in (tmp_path, tmp_path / "missing"):

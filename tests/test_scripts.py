@@ -171,21 +171,21 @@ def test_evaluate_a_checkpoint(trained, tmp_path):
 
 
 def test_one_seed_is_one_run(trained, tmp_path):
-    """The same twice, at once; with intermediate evaluations and every masker flag; and with another seed something else."""
+    """The same twice, at once, with every masker flag, whether or not it is evaluated on the way; and with another seed something else."""
     t = trained("cartpole_swingup")
     shutil.copytree(t.maskers, tmp_path / "maskers")
     args = [*SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--masker-path=maskers", "--eval-settings", "train", "--augmentation=mix"]
-    args += ["--clean-masker=teacher", "--actor-judge=own", "--eval-every=30", "--updates-per-step=0.5"]
-    processes = [start(RL, *args, f"--exp-name={name}", f"--seed={seed}", cwd=tmp_path) for name, seed in (("a", 1), ("b", 1))]
-    for process in processes:
-        assert "step 30: train" in finish(process)[0]
-    run(RL, *args, "--exp-name=c", "--seed=2", cwd=tmp_path)
+    args += ["--clean-masker=teacher", "--actor-judge=own", "--updates-per-step=0.5"]
+    processes = [start(RL, *args, f"--exp-name={name}", *often, cwd=tmp_path) for name, often in (("a", ["--eval-every=30"]), ("b", []))]
+    assert "step 30: train" in finish(processes[0])[0] and "step 30: train" not in finish(processes[1])[0]
+    run(RL, *args, "--exp-name=c", "--seed=2", "--eval-every=30", cwd=tmp_path)
     rows = {}
     for name in "abc":
         folder = only(tmp_path, f"runs/*__{name}__*")
         assert metrics(folder)["train/updates"] == 4
         with (folder / "evaluations.csv").open(newline="") as file:
-            assert [row["step"] for row in csv.DictReader(file) if row["figure"] == "eval/train/return_mean"] == ["30", "40"]
+            evaluated = [row["step"] for row in csv.DictReader(file) if row["figure"] == "eval/train/return_mean"]
+        assert evaluated == (["40"] if name == "b" else ["30", "40"])
         figures = {key: value for key, value in metrics(folder).items() if key != "train/seconds"}
         rows[name] = [row["return"] for row in returns(folder)], figures, torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
     assert rows["a"][:2] == rows["b"][:2]
@@ -221,9 +221,30 @@ def test_a_second_run_waits_for_the_first_ones_masker(trained, tmp_path):
             shutil.copy(t.maskers / name, folder / name)
     out, _ = finish(process)
     assert waited
-    assert "making one" not in out
+    assert "waiting for a run that does" in out and "$ python" not in out
     assert not list(tmp_path.glob("runs/*__phase*"))
     assert metrics(only(tmp_path, "runs/*__talas__*"))["train/updates"] == 8
+
+
+def test_phase_two_alone_is_made_up_for(trained, tmp_path):
+    """A teacher without a student, made by hand for a prompt of one's own, is Phase II's, and not made again."""
+    t, folder = trained("cartpole_swingup"), tmp_path / "runs/maskers/cartpole_swingup"
+    folder.mkdir(parents=True)
+    for name in ("teacher.pt", "frames.npz"):
+        shutil.copy(t.maskers / name, folder / name)
+    before = (folder / "teacher.pt").read_bytes()
+    out, err = finish(start(RL, *SMALL, "--env=cartpole_swingup", "--overlay=nowhere", cwd=tmp_path), 1)
+    assert "talas_phase1.py" not in out and "talas_phase2.py --env=cartpole_swingup --overlay=nowhere --overlay-images=20" in out
+    assert "nowhere: no such folder" in err and "talas_phase2.py failed" in err and "Traceback" not in err
+    assert (folder / "teacher.pt").read_bytes() == before
+
+
+def test_media_with_some_settings_only(tmp_path):
+    """Phase I reports on the video settings that are there."""
+    (tmp_path / "media").mkdir()
+    args = ["--env=cartpole_swingup", "--frames=4", "--test-frames=4", "--steps=1", "--overlay-images=20", "--distractors=media"]
+    run(PHASE1, *args, cwd=tmp_path)
+    assert not [key for key in metrics(only(tmp_path, "runs/*__phase1__*")) if "video" in key]
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -241,6 +262,8 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--device=cuda:99"], "cuda:99"),
     (RL, ["--evaluate=nowhere.pt"], "no such checkpoint"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
+    (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
+    (PHASE1, ["--env=walker_walk", "--seed=-1"], "--seed -1"),
     (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
     (RL, ["--no-such-flag=1"], "--no-such-flag"),  # tyro answers these itself, in a box, with exit code 2
     (PHASE1, ["--frames=many"], "--frames"),
