@@ -290,8 +290,8 @@ class UnitreeTask(Textured):
         return 2 * (self.data.ctrl - self.low) / (self.high - self.low) - 1  # the present targets, in [-1, 1]
 
 
-# Adroit: where the 24 hand joints start in qpos; VRL3's divisor of the dense reward; the camera's position and Euler angles (pen, door and hammer
-# the benchmark's, relocate ours: from the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
+# Adroit: where the 24 hand joints start in qpos; VRL3's divisor of the dense reward (relocate's is ours); the camera's position and Euler angles
+# (the benchmark's; relocate's is ours: from the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
 # fmt: off
 _ADROIT: dict[str, dict[str, Any]] = {
     "pen":      {"hand": 0, "scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
