@@ -263,7 +263,7 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, ["--evaluate=nowhere.pt"], "no such checkpoint"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
-    (PHASE1, ["--env=walker_walk", "--seed=-1"], "--seed -1"),
+    (PHASE1, ["--env=walker_walk", "--seed=-1"], "has to be 0 or more"),
     (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
     (RL, ["--no-such-flag=1"], "--no-such-flag"),  # tyro answers these itself, in a box, with exit code 2
     (PHASE1, ["--frames=many"], "--frames"),
