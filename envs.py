@@ -142,11 +142,8 @@ def task_row(env_id: str) -> Task:
 class Textured:
     """What the suite and the A1 have in common: a sky and a ground texture, no proprioception, and robots to be put on the ground."""
 
-    model: mujoco.MjModel
-    data: mujoco.MjData
     textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
     ground: str  # the ground's texture; the sky's is "skybox" everywhere
-    action_size: int
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         """Paint the sky, or sky and ground, black: colours, marks and the haze at the horizon. Reflections in the ground stay, as in RL-ViGen."""
@@ -221,12 +218,11 @@ class UnitreeTask(Textured):
         spec.option.timestep, spec.stat.extent, spec.stat.center = 0.002, 0.8, (0, 0, 0.1)
         spec.visual.headlight.ambient, spec.visual.headlight.diffuse, spec.visual.headlight.specular = (0.4,) * 3, (0.8,) * 3, (0.1,) * 3
         spec.visual.map.znear, spec.visual.quality.shadowsize = 0.01, 2048
-        sky = {"type": mujoco.mjtTexture.mjTEXTURE_SKYBOX, "builtin": mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, "width": 800, "height": 800}
-        sky |= {"rgb1": (0.4, 0.6, 0.8), "rgb2": (0, 0, 0), "mark": mujoco.mjtMark.mjMARK_RANDOM, "markrgb": (1, 1, 1)}
-        checker = {"type": mujoco.mjtTexture.mjTEXTURE_2D, "builtin": mujoco.mjtBuiltin.mjBUILTIN_CHECKER, "width": 300, "height": 300}
-        checker |= {"rgb1": (0.2, 0.3, 0.4), "rgb2": (0.1, 0.2, 0.3), "mark": mujoco.mjtMark.mjMARK_EDGE, "markrgb": (0.8, 0.8, 0.8)}
-        spec.add_texture(name="skybox", **sky)
-        spec.add_texture(name="ground", **checker)
+        kind, pattern, mark = mujoco.mjtTexture, mujoco.mjtBuiltin, mujoco.mjtMark
+        sky = {"type": kind.mjTEXTURE_SKYBOX, "builtin": pattern.mjBUILTIN_GRADIENT, "mark": mark.mjMARK_RANDOM}
+        spec.add_texture(name="skybox", width=800, height=800, rgb1=(0.4, 0.6, 0.8), rgb2=(0, 0, 0), markrgb=(1, 1, 1), **sky)
+        checker = {"type": kind.mjTEXTURE_2D, "builtin": pattern.mjBUILTIN_CHECKER, "mark": mark.mjMARK_EDGE}
+        spec.add_texture(name="ground", width=300, height=300, rgb1=(0.2, 0.3, 0.4), rgb2=(0.1, 0.2, 0.3), markrgb=(0.8, 0.8, 0.8), **checker)
         material = spec.add_material(name="ground", texrepeat=(5, 5), texuniform=True, reflectance=0.2)
         material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "ground"
         world.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 0.05), material="ground", group=1)
@@ -330,9 +326,7 @@ class AdroitTask:
                 self.model.geom_matid[g], self.model.geom_rgba[g] = black, (0, 0, 0, 1)
 
     def recolour(self, palette: dict[str, np.ndarray]) -> None:
-        raise UserError(
-            f"{self.env_id} has no sky, and hardly any ground in view: the color settings do not apply; choose a video setting or procedural"
-        )
+        raise UserError(f"{self.env_id} has no sky and hardly any ground in view for the color settings: choose a video setting or procedural")
 
     def reset(self, rng: np.random.Generator) -> None:
         self.env.np_random = rng
@@ -400,9 +394,7 @@ def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
     folder = Path(distractors) / setting
     if not folder.is_dir():
         have = sorted(p.name for p in Path(distractors).iterdir()) if Path(distractors).is_dir() else []
-        raise UserError(
-            f"--distractors {distractors}: no {setting}/ folder in it (it holds: {', '.join(have) or 'nothing'}); expected DMControl-GB's layout"
-        )
+        raise UserError(f"--distractors {distractors}: expected DMControl-GB's layout, but no {setting}/ among {', '.join(have) or 'nothing'}")
     videos = [p for p in folder.iterdir() if p.suffix.lower() in {".mp4", ".avi", ".mov", ".mkv", ".webm"} and p.is_file()]
     if not videos:
         raise UserError(f"{folder}: no videos (.mp4, .avi, .mov, .mkv, .webm) in it")
