@@ -219,14 +219,14 @@ def place(env: TalasEnv, kind: Literal["spread", "good"], rng: np.random.Generat
     mujoco.mj_forward(model, data)
 
 
-def visit_states(env: TalasEnv, kind: Literal["spread", "random", "good"], n: int, rng: np.random.Generator):
-    """Bring the simulation, n times, into a state to be looked at, and yield. Nothing is rendered here.
+def visit_states(env: TalasEnv, counts: dict[str, int], rng: np.random.Generator):
+    """Bring the simulation into states to be looked at, so many of each kind ("spread", "random", "good"), and yield. Nothing is rendered here.
 
     A random policy shows a masker only what a random policy sees: a pole that hangs, a walker that lies. So half of what it learns from are
     `spread` states, from anywhere in the joints' ranges, settled for a few control steps. `good` states, for tests, are a good policy's.
     """
     task = env.task
-    for i in range(n):
+    for kind, i in ((kind, i) for kind, count in counts.items() for i in range(count)):
         if kind == "random":
             if i % 50 == 0 or env.below_ground:
                 task.reset(rng)
@@ -248,50 +248,19 @@ def segment_frames(env: TalasEnv, prompt: str) -> np.ndarray:
     return env.segment(prompt)
 
 
-def collect(args: Args, env: TalasEnv, prompt: str, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """n clean frames (n, 3, H, W) uint8, half of them spread, half from random policies, and their masks (n, H, W) bool."""
-    rng = np.random.default_rng([args.seed, 0])
-    frames, masks = np.empty((n, 3, env.size, env.size), np.uint8), np.empty((n, env.size, env.size), bool)
-    bar = tqdm(total=n, desc="collect clean frames", unit="frame", mininterval=1 if sys.stderr.isatty() else 15)
-    for kind, count in (("spread", n // 2), ("random", n - n // 2)):
-        start = bar.n
-        for i, _ in enumerate(visit_states(env, kind, count, rng), start):
-            frames[i] = env.render().transpose(2, 0, 1)
-            masks[i] = segment_frames(env, prompt)
-            bar.update()
-    bar.close()
-    if not masks.any():
-        raise UserError(f"--prompt {prompt!r}: not one pixel of {n} frames shows it")
-    return frames, masks
-
-
-def collect_tests(args: Args, env: TalasEnv, prompt: str, photos: torch.Tensor) -> dict[str, np.ndarray]:
-    """The same unseen states under every setting at hand: {"masks": (n, H, W) bool, "clean": (n, 3, H, W) uint8, "overlay": ..., "procedural": ...}.
-
-    Half spread, a quarter random, a quarter as a good policy would have them. `photos` are held out from Phase II's training.
-    """
-    n, media = args.test_frames, args.distractors
-    settings = ["procedural", *(name for name in ("video_easy", "video_hard") if media and (Path(media) / name).is_dir())]
-    others = {setting: make_env(args.env, setting, args.seed, distractors=media) for setting in settings}
-    rng = np.random.default_rng([args.seed, 1])
-    tests = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", "overlay", *settings)}
-    tests["masks"] = np.empty((n, env.size, env.size), bool)
-    bar = tqdm(total=n, desc="collect test frames", unit="frame", mininterval=1 if sys.stderr.isatty() else 15)
-    for kind, count in (("spread", n - n // 2), ("random", n // 4), ("good", n // 2 - n // 4)):
-        start = bar.n
-        for i, _ in enumerate(visit_states(env, kind, count, rng), start):
-            tests["clean"][i] = env.render().transpose(2, 0, 1)
-            tests["masks"][i] = segment_frames(env, prompt)
-            for setting, other in others.items():
-                if i % 25 == 0:  # a new background
-                    other.reset(options={"episode": i // 25})
-                tests[setting][i] = other.show(env.get_state(), int(rng.integers(other.episode_steps))).transpose(2, 0, 1)
-            bar.update()
-    bar.close()
-    for other in others.values():
-        other.close()
-    tests["overlay"][:] = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
-    return tests
+def collect(env: TalasEnv, prompt: str, counts: dict[str, int], rng: np.random.Generator, others: dict[str, TalasEnv]) -> dict[str, np.ndarray]:
+    """Frames of n states: {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool}, and by the others' names, as they show the same states."""
+    n = sum(counts.values())
+    seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *others)} | {"masks": np.empty((n, env.size, env.size), bool)}
+    desc = f"collect {'test' if others else 'clean'} frames"
+    for i, _ in enumerate(tqdm(visit_states(env, counts, rng), desc, n, unit="frame", mininterval=1 if sys.stderr.isatty() else 15)):
+        seen["clean"][i] = env.render().transpose(2, 0, 1)
+        seen["masks"][i] = segment_frames(env, prompt)
+        for setting, other in others.items():
+            if i % 25 == 0:  # a new background
+                other.reset(options={"episode": i // 25})
+            seen[setting][i] = other.show(env.get_state(), int(rng.integers(other.episode_steps))).transpose(2, 0, 1)
+    return seen
 
 
 # ------------------------------------------------------------------------------------------------------------ the report
@@ -362,11 +331,21 @@ def main(args: Args) -> None:
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
     writer = SummaryWriter(run)
 
-    n = args.frames or task_row(args.env).mask_frames
+    n, t = args.frames or task_row(args.env).mask_frames, args.test_frames
     print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
-    tests = collect_tests(args, env, prompt, photos)  # first: what is wrong with the media shows at once
-    frames, masks = collect(args, env, prompt, n)
-    env.close()
+    rng_train, rng_test = (np.random.default_rng([args.seed, i]) for i in range(2))
+    # The tests first: what is wrong with the media shows at once.
+    settings = ["procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir())]
+    others = {setting: make_env(args.env, setting, args.seed, distractors=args.distractors) for setting in settings}
+    tests = collect(env, prompt, {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, rng_test, others)
+    overlay = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
+    tests = {"clean": tests.pop("clean"), "overlay": overlay, **tests}
+    training = collect(env, prompt, {"spread": n // 2, "random": n - n // 2}, rng_train, {})
+    frames, masks = training["clean"], training["masks"]
+    if not masks.any():
+        raise UserError(f"--prompt {prompt!r}: not one pixel of {n} frames shows it")
+    for opened in (env, *others.values()):
+        opened.close()
     arrays = {"train_frames": frames, "train_masks": np.packbits(masks), **{f"test_{key}": value for key, value in tests.items()}}
     for name in ("teacher.pt", "student.pt"):
         (output / name).unlink(missing_ok=True)  # made from other frames, perhaps for another prompt
