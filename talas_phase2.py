@@ -192,6 +192,7 @@ def main(args: Args) -> None:
         loss = F.binary_cross_entropy_with_logits(logits.float(), target.squeeze(1))  # BCE(ψ_S(τ(o)), ψ_T(o))
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 0.2)  # without it walker_walk once fell to an empty mask at the peak rate
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == args.steps - 1:
