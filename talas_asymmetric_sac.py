@@ -297,6 +297,11 @@ class Agent(nn.Module):
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
 
+    def load(self, checkpoint: dict) -> None:
+        """Take the weights, the masker's included, that save_checkpoint wrote."""
+        for name, module in self.named_children():
+            module.load_state_dict(checkpoint["weights"][name])
+
     def autocast(self) -> torch.autocast:
         """bf16 where asked for. Without the cache of cast weights: the actor would be judged by the critic from before its step."""
         return torch.autocast(self.log_alpha.device.type, self.dtype, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
@@ -540,8 +545,7 @@ def main(args: Args) -> None:
 
     if checkpoint:
         agent = Agent(args, *spaces, Masker() if args.masker != "none" else None, None)
-        for name, module in agent.named_children():
-            module.load_state_dict(checkpoint["weights"][name])
+        agent.load(checkpoint)
         run.mkdir(parents=True)
         figures = evaluate_all(agent.to(device), args, settings, args.eval_episodes or 10, checkpoint["prompt"], run)
         (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))

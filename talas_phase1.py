@@ -338,14 +338,15 @@ def main(args: Args) -> None:
     settings = ["procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir())]
     others = {setting: make_env(args.env, setting, args.seed, distractors=args.distractors) for setting in settings}
     tests = collect(env, prompt, {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, rng_test, others)
+    for other in others.values():
+        other.close()
     overlay = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
     tests = {"clean": tests.pop("clean"), "overlay": overlay, **tests}
     training = collect(env, prompt, {"spread": n // 2, "random": n - n // 2}, rng_train, {})
     frames, masks = training["clean"], training["masks"]
     if not masks.any():
         raise UserError(f"--prompt {prompt!r}: not one pixel of {n} frames shows it")
-    for opened in (env, *others.values()):
-        opened.close()
+    env.close()
     arrays = {"train_frames": frames, "train_masks": np.packbits(masks), **{f"test_{key}": value for key, value in tests.items()}}
     for name in ("teacher.pt", "student.pt"):
         (output / name).unlink(missing_ok=True)  # made from other frames, perhaps for another prompt

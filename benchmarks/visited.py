@@ -57,8 +57,7 @@ def main(args: Args) -> None:
     env = make_env(run.env, "train", run.seed)
     spaces = (env.observation_space["pixels"].shape[0], env.observation_space["proprio"].shape[0], env.action_space.shape[0])
     agent = Agent(run, *spaces, Masker(), None)
-    for name, module in agent.named_children():
-        module.load_state_dict(checkpoint["weights"][name])
+    agent.load(checkpoint)
     with Path(f"{args.output}.csv").open("w", newline="", buffering=1) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["setting", "masks", "episode", "return", "iou"])
