@@ -27,9 +27,11 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import gymnasium as gym
 import imageio
 import numpy as np
 import torch
@@ -375,10 +377,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> np.ndarray:
-        """(A,) float32: the policy's action for one masked observation, sampled, or its mean."""
+        """(N, A) float32: the policy's actions for masked observations, sampled, or their means."""
         with self.autocast():
             sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask, self.dtype)), proprio)
-        return (mean_action if mean else sample)[0].cpu().numpy()
+        return (mean_action if mean else sample).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
@@ -435,61 +437,109 @@ class Replay:
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
-def observe(agent_masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """An observation as a batch of one: pixels (1, 9, H, W) uint8, mask (1, 3, H, W) uint8, proprio (1, P)."""
-    pixels = torch.from_numpy(obs["pixels"]).unsqueeze(0).to(device)
+def make(args: Args, setting: Setting, seed: int) -> gym.Env:
+    return make_env(args.env, setting, seed, distractors=args.distractors, reward=args.reward, action_repeat=args.action_repeat)
+
+
+def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One observation or a batch of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8, proprio (N, P), on the device."""
+    pixels, proprio = (torch.from_numpy(obs[key]).to(device) for key in ("pixels", "proprio"))
+    pixels = pixels.view(-1, *pixels.shape[-3:])
     with torch.no_grad():
-        return pixels, mask_stack(agent_masker, pixels), torch.from_numpy(obs["proprio"]).unsqueeze(0).to(device)
+        return pixels, mask_stack(masker, pixels), proprio.view(len(pixels), proprio.shape[-1])
 
 
-def evaluate(agent: Agent, args: Args, setting: Setting, episodes: int, prompt: str | None, film: Path | None) -> dict[str, float]:
-    """Undiscounted returns of the mean policy over `episodes` episodes, and the IoU of its masks with the simulator's on every fifth frame.
+class Episodes(gym.Env):
+    """What one process of the evaluation plays: (setting, episode) after (setting, episode), one at each reset, and then nothing any more.
 
-    The first episode is filmed: what the camera sees, the mask, what the agent sees.
+    Beside the observation stands the simulator's own mask of what the prompt names, at every fifth step.
     """
-    device, panels, ious, returns, successes = agent.log_alpha.device, [], [], [], []
-    env = make_env(args.env, setting, args.seed + 10_000, distractors=args.distractors, reward=args.reward, action_repeat=args.action_repeat)
-    for episode in range(episodes):
-        obs, info = env.reset(options={"episode": episode})
-        done, total, step = False, 0.0, 0
-        while not done:
-            pixels, mask, proprio = observe(agent.masker, obs, device)
-            if film and episode == 0:
-                frame, grey = obs["pixels"][-3:].transpose(1, 2, 0), mask[0, -1].cpu().numpy()[..., None]
-                panels.append(np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1))
-            if prompt and step % 5 == 0:
-                true = env.segment(prompt)[None]
-                ious.append([mask_iou(mask[:, -1].cpu().numpy() > 127, true, tolerance)[0] for tolerance in (0, 1)])
-            obs, reward, terminated, truncated, info = env.step(agent.act(pixels, mask, proprio, mean=True))
-            done, total, step = terminated or truncated, total + reward, step + 1
-        returns.append(total)
-        successes.append(info.get("episode_success"))
-    env.close()
-    figures = {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns)), "episodes": episodes}
-    figures = {f"eval/{setting}/{key}": value for key, value in figures.items()}
-    if successes[0] is not None:
-        figures[f"eval/{setting}/success_rate"] = float(np.mean(successes))
-    if ious:
-        name = "clean" if setting == "train" else setting
-        figures |= {f"iou/{name}": float(np.mean(ious, 0)[0]), f"iou_1px/{name}": float(np.mean(ious, 0)[1])}
-    if film:
-        with imageio.get_writer(film, fps=25, macro_block_size=None) as writer:
-            for panel in panels:
-                writer.append_data(panel.repeat(4, 0).repeat(4, 1))
-    return figures
+
+    def __init__(self, args: Args, jobs: list[tuple[Setting, int]], prompt: str | None):
+        self.args, self.jobs, self.prompt, self.env = args, list(jobs), prompt, make(args, jobs[0][0], args.seed + 10_000)
+        self.action_space, spaces = self.env.action_space, self.env.observation_space
+        self.observation_space = gym.spaces.Dict(**spaces, true_mask=gym.spaces.MultiBinary(spaces["pixels"].shape[1:]))
+
+    def _look(self, obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.prompt and self.t % 5 == 0:
+            self.true_mask = self.env.segment(self.prompt).astype(np.int8)
+        self.obs = obs | {"true_mask": self.true_mask}
+        return self.obs
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
+        self.playing, self.t, self.true_mask = bool(self.jobs), 0, np.zeros(self.observation_space["true_mask"].shape, np.int8)
+        if not self.playing:
+            return self.obs, {}
+        setting, episode = self.jobs.pop(0)
+        if setting != self.env.setting:
+            self.env.close()
+            self.env = make(self.args, setting, self.args.seed + 10_000)
+        return self._look(self.env.reset(options={"episode": episode})[0]), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
+        if not self.playing:
+            return self.obs, 0.0, False, False, {}
+        self.t += 1
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self._look(obs), reward, terminated, truncated, {"episode_success": info.get("episode_success", np.nan)}
+
+    def close(self) -> None:
+        self.env.close()
 
 
-def evaluate_all(agent: Agent, args: Args, settings: tuple[Setting, ...], episodes: int, prompt: str | None, folder: Path | None) -> dict[str, float]:
-    """Every setting, one after the other; films into `folder`, and then prints the table."""
+def evaluate(agent: Agent, args: Args, settings: tuple[Setting, ...], episodes: int, prompt: str | None, folder: Path | None) -> dict[str, float]:
+    """Undiscounted returns of the mean policy over `episodes` episodes of each setting, and its masks' IoU with the simulator's.
+
+    Processes play the episodes side by side; their observations go through the policy as one batch. With a folder, the first episode of
+    each setting is filmed there (what the camera sees, the mask, what the agent sees), and the table printed.
+    """
+    jobs = [(setting, episode) for setting in settings for episode in range(episodes)]
+    n = min(len(jobs), os.cpu_count(), 16)
+    plans = [jobs[i::n] for i in range(n)]
+    vector = gym.vector.AsyncVectorEnv([partial(Episodes, args, plan, prompt) for plan in plans], context="spawn")
+    returns, successes, films = dict.fromkeys(jobs, 0.0), {}, {setting: [] for setting in settings}
+    ious: dict[str, list[list[float]]] = {setting: [] for setting in settings}
+    obs, _ = vector.reset()
+    steps, ended = [0] * n, [False] * n  # of the episode that each process plays; has it just ended (the next step only resets)?
+    while any(plans):
+        pixels, masks, proprio = observe(agent.masker, obs, agent.log_alpha.device)
+        newest = masks[:, -1].cpu().numpy()
+        for i in (i for i in range(n) if plans[i] and not ended[i]):
+            setting, episode = plans[i][0]
+            if prompt and steps[i] % 5 == 0:
+                ious[setting].append([mask_iou(newest[i : i + 1] > 127, obs["true_mask"][i : i + 1] > 0, tolerance)[0] for tolerance in (0, 1)])
+            if folder and episode == 0:
+                frame, grey = obs["pixels"][i, -3:].transpose(1, 2, 0), newest[i][..., None]
+                films[setting].append(np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1))
+        obs, rewards, terminated, truncated, info = vector.step(agent.act(pixels, masks, proprio, mean=True))
+        for i in (i for i in range(n) if plans[i]):
+            if ended[i]:
+                plans[i], steps[i], ended[i] = plans[i][1:], 0, False
+                continue
+            returns[plans[i][0]] += float(rewards[i])
+            steps[i], ended[i] = steps[i] + 1, bool(terminated[i] or truncated[i])
+            if ended[i]:
+                successes[plans[i][0]] = float(info["episode_success"][i])
+    vector.close()
+
     figures: dict[str, float] = {}
     for setting in settings:
-        figures |= evaluate(agent, args, setting, episodes, prompt, folder / f"{setting}.mp4" if folder else None)
+        totals, won = ([values[setting, episode] for episode in range(episodes)] for values in (returns, successes))
+        rows = {"return_mean": np.mean(totals), "return_std": np.std(totals), "episodes": episodes, "success_rate": np.mean(won)}
+        figures |= {f"eval/{setting}/{key}": float(value) for key, value in rows.items() if not np.isnan(value)}
+        if prompt:
+            name = "clean" if setting == "train" else setting
+            figures |= {f"iou/{name}": float(np.mean(ious[setting], 0)[0]), f"iou_1px/{name}": float(np.mean(ious[setting], 0)[1])}
+        if folder:
+            with imageio.get_writer(folder / f"{setting}.mp4", fps=25, macro_block_size=None) as writer:
+                for panel in films[setting]:
+                    writer.append_data(panel.repeat(4, 0).repeat(4, 1))
     if folder:
         print(f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}")
         for setting in settings:
-            row = {key: figures.get(f"eval/{setting}/{key}", math.nan) for key in ("return_mean", "return_std", "success_rate")}
+            row = [figures.get(f"eval/{setting}/{key}", math.nan) for key in ("return_mean", "return_std", "success_rate")]
             iou = figures.get(f"iou/{'clean' if setting == 'train' else setting}", math.nan)
-            cells = (f"{row['return_mean']:9.1f}", f"{row['return_std']:8.1f}", f"{iou:10.3f}", f"{row['success_rate']:9.0%}")
+            cells = f"{row[0]:9.1f}", f"{row[1]:8.1f}", f"{iou:10.3f}", f"{row[2]:9.0%}"
             print(f"{setting:<12}" + "".join(cell.replace("nan%", "–").replace("nan", "–") for cell in cells))
     return figures
 
@@ -528,14 +578,13 @@ def main(args: Args) -> None:
         raise UserError("--track needs Weights & Biases: pip install wandb")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
-    env_kwargs = {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
     for setting in settings:  # better an error now than after the training
-        make_env(args.env, setting, args.seed, **env_kwargs).close()
+        make(args, setting, args.seed).close()
     device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
     if args.precision == "auto":
         args.precision = "bf16" if bf16 else "fp32"
 
-    env = make_env(args.env, "train", args.seed, **env_kwargs)
+    env = make(args, "train", args.seed)
     env.action_space.seed(args.seed)
     obs, _ = env.reset()
     spaces = (obs["pixels"].shape[0], len(obs["proprio"]), env.action_space.shape[0])
@@ -547,7 +596,7 @@ def main(args: Args) -> None:
         agent = Agent(args, *spaces, Masker() if args.masker != "none" else None, None)
         agent.load(checkpoint)
         run.mkdir(parents=True)
-        figures = evaluate_all(agent.to(device), args, settings, args.eval_episodes or 10, checkpoint["prompt"], run)
+        figures = evaluate(agent.to(device), args, settings, args.eval_episodes or 10, checkpoint["prompt"], run)
         (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))
         print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
         return
@@ -580,7 +629,7 @@ def main(args: Args) -> None:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
         save_checkpoint(run / "checkpoint.pt", agent, args, step, prompt)
         with torch.random.fork_rng():
-            figures, sample = evaluate_all(agent, args, settings, episodes, prompt, folder), replay.sample(8)
+            figures, sample = evaluate(agent, args, settings, episodes, prompt, folder), replay.sample(8)
             with torch.no_grad(), agent.autocast():
                 views = [view[:, -3:].float() for view in agent.views(sample.obs, sample.mask) if view is not None]
         writer.add_images("views/clean_and_augmented", torch.cat(views, 3), step)
@@ -602,7 +651,7 @@ def main(args: Args) -> None:
     history: deque[float] = deque(maxlen=10)
     bar = tqdm(total=args.total_timesteps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
     for step in range(1, args.total_timesteps + 1):
-        action = env.action_space.sample() if step <= learning_starts else agent.act(pixels, mask, proprio, mean=False)
+        action = env.action_space.sample() if step <= learning_starts else agent.act(pixels, mask, proprio, mean=False)[0]
         obs, reward, terminated, truncated, info = env.step(action)
         pixels, mask, proprio = observe(clean_masker, obs, device)
         replay.add_step(action, reward, terminated, obs, mask[0, -1])

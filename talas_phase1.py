@@ -13,16 +13,19 @@ download. The method's own is a language-conditioned video model; whatever it is
 """
 
 import fnmatch
+import functools
 import json
+import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Literal
 
 import cv2
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -32,7 +35,10 @@ from scipy.spatial.transform import Rotation
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, parse_prompt, resolve_env_id, set_up_torch, task_row
+import envs
+from envs import Setting, TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, parse_prompt, resolve_env_id, set_up_torch, task_row
+
+mujoco = envs.mujoco  # not imported above, because envs.py has to choose the GL backend first
 
 
 @dataclass
@@ -100,6 +106,8 @@ def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor
 
 
 # ------------------------------------------------------------------------------------------------------------ the states to look at
+Kind = Literal["spread", "random", "good"]
+
 # Joint ranges (rad, m) by patterns of names. `spread`: for joints without limits; all others take their own. `good`: where a good policy keeps them.
 _LEGS = {"rooty": (-0.2, 0.2), "*_hip": (-0.3, 0.7), "*_knee": (-0.8, 0), "*_ankle": (-0.3, 0.3)}
 _STANDING = {"*_hip_joint": (-0.15, 0.15), "*_thigh_joint": (0.3, 1.2), "*_calf_joint": (-1.9, -0.92)}
@@ -219,16 +227,16 @@ def place(env: TalasEnv, kind: Literal["spread", "good"], rng: np.random.Generat
     mujoco.mj_forward(model, data)
 
 
-def visit_states(env: TalasEnv, counts: dict[str, int], rng: np.random.Generator):
-    """Bring the simulation into states to be looked at, so many of each kind ("spread", "random", "good"), and yield. Nothing is rendered here.
+def visit_states(env: TalasEnv, kind: Kind, count: int, rng: np.random.Generator) -> Iterator[None]:
+    """Bring the simulation into `count` states to be looked at, and yield at each. Nothing is rendered here.
 
     A random policy shows a masker only what a random policy sees: a pole that hangs, a walker that lies. So half of what it learns from are
     `spread` states, from anywhere in the joints' ranges, settled for a few control steps. `good` states, for tests, are a good policy's.
     """
     task = env.task
-    for kind, i in ((kind, i) for kind, count in counts.items() for i in range(count)):
+    for i in range(count):
         if kind == "random":
-            if i % 50 == 0 or env.below_ground:
+            if i == 0 or env.below_ground:
                 task.reset(rng)
                 action, held = rng.uniform(-1, 1, task.action_size), rng.choice([0.0, 0.8, 0.95])  # fresh noise, or pushes that get somewhere
             for _ in range(rng.integers(1, 5) * env.repeat):  # neighbouring steps look alike, and physics is cheap beside rendering
@@ -248,19 +256,36 @@ def segment_frames(env: TalasEnv, prompt: str) -> np.ndarray:
     return env.segment(prompt)
 
 
-def collect(env: TalasEnv, prompt: str, counts: dict[str, int], rng: np.random.Generator, others: dict[str, TalasEnv]) -> dict[str, np.ndarray]:
-    """Frames of n states: {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool}, and by the others' names, as they show the same states."""
-    n = sum(counts.values())
-    seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *others)} | {"masks": np.empty((n, env.size, env.size), bool)}
-    desc = f"collect {'test' if others else 'clean'} frames"
-    for i, _ in enumerate(tqdm(visit_states(env, counts, rng), desc, n, unit="frame", mininterval=1 if sys.stderr.isatty() else 15)):
+CLIP = 50  # frames that a process collects in one go, from a seed of their own: the same frames, however many processes there are
+make_env_once = functools.lru_cache(make_env)
+
+
+def collect_clip(env_id: str, prompt: str, settings: tuple[Setting, ...], distractors: str | None, seed: int, clip: tuple) -> dict[str, np.ndarray]:
+    """One clip's frames of n states, {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool}, and by setting, as it shows the same states."""
+    part, index, kind, n = clip
+    rng = np.random.default_rng([seed, part, index])
+    env, others = make_env_once(env_id), {setting: make_env_once(env_id, setting, seed, distractors=distractors) for setting in settings}
+    seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *settings)} | {"masks": np.empty((n, env.size, env.size), bool)}
+    for i, _ in enumerate(visit_states(env, kind, n, rng)):
         seen["clean"][i] = env.render().transpose(2, 0, 1)
         seen["masks"][i] = segment_frames(env, prompt)
         for setting, other in others.items():
             if i % 25 == 0:  # a new background
-                other.reset(options={"episode": i // 25})
+                other.reset(options={"episode": (index * CLIP + i) // 25})
             seen[setting][i] = other.show(env.get_state(), int(rng.integers(other.episode_steps))).transpose(2, 0, 1)
     return seen
+
+
+def collect(args: Args, prompt: str, counts: dict[Kind, int], settings: tuple[Setting, ...], pool: Pool) -> dict[str, np.ndarray]:
+    """Frames of so many states of each kind, as collect_clip's, collected by a pool of processes. Those that are shown in settings are the tests."""
+    kinds = [(kind, min(CLIP, count - i)) for kind, count in counts.items() for i in range(0, count, CLIP)]
+    clips = pool.imap(
+        functools.partial(collect_clip, args.env, prompt, settings, args.distractors, args.seed),
+        [(len(settings) > 0, index, kind, n) for index, (kind, n) in enumerate(kinds)],
+    )
+    bar = {"unit": f"{CLIP} frames", "mininterval": 1 if sys.stderr.isatty() else 15}
+    clips = list(tqdm(clips, f"collect {'test' if settings else 'clean'} frames", len(kinds), **bar))
+    return {key: np.concatenate([clip[key] for clip in clips]) for key in clips[0]}
 
 
 # ------------------------------------------------------------------------------------------------------------ the report
@@ -325,6 +350,7 @@ def main(args: Args) -> None:
     env = make_env(args.env, "train", args.seed)
     env.reset()
     env.segment(prompt)  # a phrase that the task does not know is an error before anything is written
+    env.close()
     photos = load_photographs(args.overlay, args.overlay_images, args.seed, "test")  # Phase II trains on the others
     output.mkdir(parents=True, exist_ok=True)
     run.mkdir(parents=True, exist_ok=True)
@@ -333,20 +359,17 @@ def main(args: Args) -> None:
 
     n, t = args.frames or task_row(args.env).mask_frames, args.test_frames
     print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
-    rng_train, rng_test = (np.random.default_rng([args.seed, i]) for i in range(2))
-    # The tests first: what is wrong with the media shows at once.
-    settings = ["procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir())]
-    others = {setting: make_env(args.env, setting, args.seed, distractors=args.distractors) for setting in settings}
-    tests = collect(env, prompt, {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, rng_test, others)
-    for other in others.values():
-        other.close()
+    settings = ("procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir()))
+    # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 8), torch.set_num_threads, (1,)) as pool:
+        # The tests first: what is wrong with the media shows at once.
+        tests = collect(args, prompt, {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, settings, pool)
+        training = collect(args, prompt, {"spread": n // 2, "random": n - n // 2}, (), pool)
     overlay = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
     tests = {"clean": tests.pop("clean"), "overlay": overlay, **tests}
-    training = collect(env, prompt, {"spread": n // 2, "random": n - n // 2}, rng_train, {})
     frames, masks = training["clean"], training["masks"]
     if not masks.any():
         raise UserError(f"--prompt {prompt!r}: not one pixel of {n} frames shows it")
-    env.close()
     arrays = {"train_frames": frames, "train_masks": np.packbits(masks), **{f"test_{key}": value for key, value in tests.items()}}
     for name in ("teacher.pt", "student.pt"):
         (output / name).unlink(missing_ok=True)  # made from other frames, perhaps for another prompt
