@@ -21,18 +21,18 @@ import csv
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import gymnasium as gym
-import imageio
+import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn as nn
@@ -96,6 +96,10 @@ class Args:
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
+
+
+def env_options(args: Args) -> dict:
+    return {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
 
 
 # ------------------------------------------------------------------------------------------------------------ the masker
@@ -285,7 +289,7 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, channels: int, proprio_dim: int, action_dim: int, masker: Masker | None, photos: torch.Tensor | None):
         super().__init__()
-        self.args, self.photos = args, photos
+        self.args, self.photos, self.spaces = args, photos, (channels, proprio_dim, action_dim)
         self.encoder = Encoder(channels, args.encoder)
         with torch.no_grad():
             dims = (self.encoder(torch.zeros(1, channels, 84, 84)).shape[1], proprio_dim, action_dim, args.hidden_dim)
@@ -298,11 +302,6 @@ class Agent(nn.Module):
         self.masker = masker  # the deployed one, frozen
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
-
-    def load(self, checkpoint: dict) -> None:
-        """Take the weights, the masker's included, that save_checkpoint wrote."""
-        for name, module in self.named_children():
-            module.load_state_dict(checkpoint["weights"][name])
 
     def autocast(self) -> torch.autocast:
         """bf16 where asked for. Without the cache of cast weights: the actor would be judged by the critic from before its step."""
@@ -377,10 +376,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> np.ndarray:
-        """(N, A) float32: the policy's actions for masked observations, sampled, or their means."""
+        """(A,) float32: the policy's action for one masked observation, sampled, or its mean."""
         with self.autocast():
             sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask, self.dtype)), proprio)
-        return (mean_action if mean else sample).cpu().numpy()
+        return (mean_action if mean else sample)[0].cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
@@ -436,138 +435,97 @@ class Replay:
         return Batch(obs, mask, proprio, action, reward, done, next_obs, next_mask, next_proprio)
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
-def make(args: Args, setting: Setting, seed: int) -> gym.Env:
-    return make_env(args.env, setting, seed, distractors=args.distractors, reward=args.reward, action_repeat=args.action_repeat)
-
-
-def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One observation or a batch of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8, proprio (N, P), on the device."""
-    pixels, proprio = (torch.from_numpy(obs[key]).to(device) for key in ("pixels", "proprio"))
-    pixels = pixels.view(-1, *pixels.shape[-3:])
-    with torch.no_grad():
-        return pixels, mask_stack(masker, pixels), proprio.view(len(pixels), proprio.shape[-1])
-
-
-class Episodes(gym.Env):
-    """What one process of the evaluation plays: (setting, episode) after (setting, episode), one at each reset, and then nothing any more.
-
-    Beside the observation stands the simulator's own mask of what the prompt names, at every fifth step.
-    """
-
-    def __init__(self, args: Args, jobs: list[tuple[Setting, int]], prompt: str | None):
-        self.args, self.jobs, self.prompt, self.env = args, list(jobs), prompt, make(args, jobs[0][0], args.seed + 10_000)
-        self.action_space, spaces = self.env.action_space, self.env.observation_space
-        self.observation_space = gym.spaces.Dict(**spaces, true_mask=gym.spaces.MultiBinary(spaces["pixels"].shape[1:]))
-
-    def _look(self, obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self.prompt and self.t % 5 == 0:
-            self.true_mask = self.env.segment(self.prompt).astype(np.int8)
-        self.obs = obs | {"true_mask": self.true_mask}
-        return self.obs
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
-        self.playing, self.t, self.true_mask = bool(self.jobs), 0, np.zeros(self.observation_space["true_mask"].shape, np.int8)
-        if not self.playing:
-            return self.obs, {}
-        setting, episode = self.jobs.pop(0)
-        if setting != self.env.setting:
-            self.env.close()
-            self.env = make(self.args, setting, self.args.seed + 10_000)
-        return self._look(self.env.reset(options={"episode": episode})[0]), {}
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
-        if not self.playing:
-            return self.obs, 0.0, False, False, {}
-        self.t += 1
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        return self._look(obs), reward, terminated, truncated, {"episode_success": info.get("episode_success", np.nan)}
-
-    def close(self) -> None:
-        self.env.close()
-
-
-def evaluate(agent: Agent, args: Args, settings: tuple[Setting, ...], episodes: int, prompt: str | None, folder: Path | None) -> dict[str, float]:
-    """Undiscounted returns of the mean policy over `episodes` episodes of each setting, and its masks' IoU with the simulator's.
-
-    Processes play the episodes side by side; their observations go through the policy as one batch. With a folder, the first episode of
-    each setting is filmed there (what the camera sees, the mask, what the agent sees), and the table printed.
-    """
-    jobs = [(setting, episode) for setting in settings for episode in range(episodes)]
-    n = min(len(jobs), os.cpu_count(), 16)
-    plans = [jobs[i::n] for i in range(n)]
-    vector = gym.vector.AsyncVectorEnv([partial(Episodes, args, plan, prompt) for plan in plans], context="spawn")
-    returns, successes, films = dict.fromkeys(jobs, 0.0), {}, {setting: [] for setting in settings}
-    ious: dict[str, list[list[float]]] = {setting: [] for setting in settings}
-    obs, _ = vector.reset()
-    steps, ended = [0] * n, [False] * n  # of the episode that each process plays; has it just ended (the next step only resets)?
-    while any(plans):
-        pixels, masks, proprio = observe(agent.masker, obs, agent.log_alpha.device)
-        newest = masks[:, -1].cpu().numpy()
-        for i in (i for i in range(n) if plans[i] and not ended[i]):
-            setting, episode = plans[i][0]
-            if prompt and steps[i] % 5 == 0:
-                ious[setting].append([mask_iou(newest[i : i + 1] > 127, obs["true_mask"][i : i + 1] > 0, tolerance)[0] for tolerance in (0, 1)])
-            if folder and episode == 0:
-                frame, grey = obs["pixels"][i, -3:].transpose(1, 2, 0), newest[i][..., None]
-                films[setting].append(np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1))
-        obs, rewards, terminated, truncated, info = vector.step(agent.act(pixels, masks, proprio, mean=True))
-        for i in (i for i in range(n) if plans[i]):
-            if ended[i]:
-                plans[i], steps[i], ended[i] = plans[i][1:], 0, False
-                continue
-            returns[plans[i][0]] += float(rewards[i])
-            steps[i], ended[i] = steps[i] + 1, bool(terminated[i] or truncated[i])
-            if ended[i]:
-                successes[plans[i][0]] = float(info["episode_success"][i])
-    vector.close()
-
-    figures: dict[str, float] = {}
-    for setting in settings:
-        totals, won = ([values[setting, episode] for episode in range(episodes)] for values in (returns, successes))
-        rows = {"return_mean": np.mean(totals), "return_std": np.std(totals), "episodes": episodes, "success_rate": np.mean(won)}
-        figures |= {f"eval/{setting}/{key}": float(value) for key, value in rows.items() if not np.isnan(value)}
-        if prompt:
-            name = "clean" if setting == "train" else setting
-            figures |= {f"iou/{name}": float(np.mean(ious[setting], 0)[0]), f"iou_1px/{name}": float(np.mean(ious[setting], 0)[1])}
-        if folder:
-            with imageio.get_writer(folder / f"{setting}.mp4", fps=25, macro_block_size=None) as writer:
-                for panel in films[setting]:
-                    writer.append_data(panel.repeat(4, 0).repeat(4, 1))
-    if folder:
-        print(f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}")
-        for setting in settings:
-            row = [figures.get(f"eval/{setting}/{key}", math.nan) for key in ("return_mean", "return_std", "success_rate")]
-            iou = figures.get(f"iou/{'clean' if setting == 'train' else setting}", math.nan)
-            cells = f"{row[0]:9.1f}", f"{row[1]:8.1f}", f"{iou:10.3f}", f"{row[2]:9.0%}"
-            print(f"{setting:<12}" + "".join(cell.replace("nan%", "–").replace("nan", "–") for cell in cells))
-    return figures
-
-
-def save_checkpoint(path: Path, agent: Agent, args: Args, step: int, prompt: str | None) -> None:
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+def save_checkpoint(path: Path, agent: Agent, step: int, prompt: str | None) -> None:
     """Written under a temporary name, then renamed: nobody ever finds half a checkpoint."""
     weights = {name: module.state_dict() for name, module in agent.named_children()} | {"log_alpha": agent.log_alpha.detach()}
     temporary = path.with_suffix(".tmp")
-    torch.save({"version": 1, "args": asdict(args), "step": step, "prompt": prompt, "weights": weights}, temporary)
+    torch.save({"version": 2, "args": asdict(agent.args), "spaces": agent.spaces, "step": step, "prompt": prompt, "weights": weights}, temporary)
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path) -> tuple[Agent, dict]:
+    """The agent, on the CPU, and the rest: args, step, prompt."""
     if not path.is_file():
         raise UserError(f"--evaluate {path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["args"] = Args(**checkpoint["args"])
-        return checkpoint
+        checkpoint["args"] = args = Args(**checkpoint["args"])
+        masker = None if args.masker == "none" else Masker().to(memory_format=torch.channels_last)
+        agent = Agent(args, *checkpoint["spaces"], masker, None)
+        for name, module in agent.named_children():
+            module.load_state_dict(checkpoint["weights"][name])
+        return agent, checkpoint
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"--evaluate {path}: not a checkpoint of this script ({type(error).__name__})") from None
 
 
+# ------------------------------------------------------------------------------------------------------------ evaluation
+def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An observation as a batch of one: pixels (1, 9, H, W) uint8, mask (1, 3, H, W) uint8, proprio (1, P)."""
+    pixels = torch.from_numpy(obs["pixels"]).unsqueeze(0).to(device)
+    with torch.no_grad():
+        return pixels, mask_stack(masker, pixels), torch.from_numpy(obs["proprio"]).unsqueeze(0).to(device)
+
+
+load_checkpoint_once, make_env_once = lru_cache(1)(load_checkpoint), lru_cache(make_env)  # once per process, whatever it plays
+
+
+def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float, list[list[float]], list[np.ndarray]]:
+    """One episode of the mean policy of the agent in `path`, on the CPU: the return; whether it was a success (NaN: cannot be said); IoU, without
+    and with a pixel of tolerance, of its masks with the simulator's at every fifth step; and of episode 0 the film, as (84, 252, 3) uint8."""
+    (setting, episode), (agent, checkpoint) = job, load_checkpoint_once(path)
+    agent.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))
+    obs, info = env.reset(options={"episode": episode})
+    total, ious, film, step, done = 0.0, [], [], 0, False
+    while not done:
+        pixels, mask, proprio = observe(agent.masker, obs, torch.device("cpu"))
+        newest = mask[0, -1].numpy()
+        if episode == 0:
+            frame, grey = obs["pixels"][-3:].transpose(1, 2, 0), newest[..., None]
+            film.append(np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1))
+        if checkpoint["prompt"] and step % 5 == 0:
+            true = env.segment(checkpoint["prompt"])
+            ious.append([mask_iou(newest[None] > 127, true[None], tolerance)[0] for tolerance in (0, 1)])
+        obs, reward, terminated, truncated, info = env.step(agent.act(pixels, mask, proprio, mean=True))
+        total, step, done = total + reward, step + 1, terminated or truncated
+    return total, float(info.get("episode_success", math.nan)), ious, film
+
+
+def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: int, folder: Path | None) -> dict[str, float]:
+    """Undiscounted returns of a checkpoint's mean policy over `episodes` episodes of each setting, and its masks' IoU with the simulator's.
+
+    With a folder, the first episode of each setting is filmed there (what the camera sees, the mask, what the agent sees), and the table printed.
+    """
+    jobs = [(setting, episode) for setting in settings for episode in range(episodes)]
+    # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
+    # Spawned: EGL does not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count(), 16), torch.set_num_threads, (1,)) as pool:
+        played = pool.map(partial(play, path, args), jobs, chunksize=1)
+    figures, table = {}, f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}"
+    for i, setting in enumerate(settings):
+        totals, successes, ious, films = zip(*played[i * episodes : (i + 1) * episodes], strict=True)
+        mean, std, success, name = np.mean(totals), np.std(totals), np.mean(successes), "clean" if setting == "train" else setting
+        iou = np.concatenate(ious).mean(0) if ious[0] else np.full(2, math.nan)
+        row = {f"eval/{setting}/return_mean": mean, f"eval/{setting}/return_std": std, f"eval/{setting}/episodes": episodes}
+        row |= {f"eval/{setting}/success_rate": success, f"iou/{name}": iou[0], f"iou_1px/{name}": iou[1]}
+        figures |= {key: float(value) for key, value in row.items() if not np.isnan(value)}
+        table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{iou[0]:10.3f}{success:9.0%}".replace("nan%", "–").replace("nan", "–")
+        if folder:
+            with imageio.get_writer(folder / f"{setting}.mp4", fps=25, macro_block_size=None) as writer:
+                for panel in films[0]:
+                    writer.append_data(panel.repeat(4, 0).repeat(4, 1))
+    if folder:
+        print(table)
+    return figures
+
+
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args) -> None:
-    checkpoint = load_checkpoint(Path(args.evaluate)) if args.evaluate else None
-    if checkpoint:  # the agent's own arguments, but for what this evaluation was asked for
+    if args.evaluate:  # the agent's own arguments, but for what this evaluation was asked for
         asked = {key: getattr(args, key) for key in ("evaluate", "eval_settings", "eval_episodes", "distractors", "device", "precision")}
+        checkpoint = load_checkpoint(Path(args.evaluate))[1]
         args = replace(checkpoint["args"], **asked)
     args.env = resolve_env_id(args.env)
     if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
@@ -579,27 +537,25 @@ def main(args: Args) -> None:
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
     for setting in settings:  # better an error now than after the training
-        make(args, setting, args.seed).close()
+        make_env(args.env, setting, args.seed, **env_options(args)).close()
     device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
     if args.precision == "auto":
         args.precision = "bf16" if bf16 else "fp32"
 
-    env = make(args, "train", args.seed)
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # runs that start in the same second get folders of their own
+    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if args.evaluate else ''}")
+    if args.evaluate:
+        run.mkdir(parents=True)
+        figures = evaluate(Path(args.evaluate), args, settings, args.eval_episodes or 10, run)
+        (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))
+        print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
+        return
+
+    env = make_env(args.env, "train", args.seed, **env_options(args))
     env.action_space.seed(args.seed)
     obs, _ = env.reset()
     spaces = (obs["pixels"].shape[0], len(obs["proprio"]), env.action_space.shape[0])
     episodes = args.eval_episodes or max(1, min(10, args.total_timesteps // (2 * env.episode_steps)))
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # runs that start in the same second get folders of their own
-    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if checkpoint else ''}")
-
-    if checkpoint:
-        agent = Agent(args, *spaces, Masker() if args.masker != "none" else None, None)
-        agent.load(checkpoint)
-        run.mkdir(parents=True)
-        figures = evaluate(agent.to(device), args, settings, args.eval_episodes or 10, checkpoint["prompt"], run)
-        (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))
-        print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
-        return
 
     # ---- the frozen maskers, the photographs, the agent
     masker, clean_masker, prompt = None, None, None
@@ -627,11 +583,11 @@ def main(args: Args) -> None:
 
     def report(step: int, folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
-        save_checkpoint(run / "checkpoint.pt", agent, args, step, prompt)
-        with torch.random.fork_rng():
-            figures, sample = evaluate(agent, args, settings, episodes, prompt, folder), replay.sample(8)
-            with torch.no_grad(), agent.autocast():
-                views = [view[:, -3:].float() for view in agent.views(sample.obs, sample.mask) if view is not None]
+        save_checkpoint(run / "checkpoint.pt", agent, step, prompt)
+        figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
+        with torch.random.fork_rng(), torch.no_grad(), agent.autocast():
+            sample = replay.sample(8)
+            views = [view[:, -3:].float() for view in agent.views(sample.obs, sample.mask) if view is not None]
         writer.add_images("views/clean_and_augmented", torch.cat(views, 3), step)
         for key, value in figures.items():
             writer.add_scalar(key, value, step)
@@ -651,7 +607,7 @@ def main(args: Args) -> None:
     history: deque[float] = deque(maxlen=10)
     bar = tqdm(total=args.total_timesteps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
     for step in range(1, args.total_timesteps + 1):
-        action = env.action_space.sample() if step <= learning_starts else agent.act(pixels, mask, proprio, mean=False)[0]
+        action = env.action_space.sample() if step <= learning_starts else agent.act(pixels, mask, proprio, mean=False)
         obs, reward, terminated, truncated, info = env.step(action)
         pixels, mask, proprio = observe(clean_masker, obs, device)
         replay.add_step(action, reward, terminated, obs, mask[0, -1])

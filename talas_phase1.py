@@ -260,18 +260,18 @@ CLIP = 50  # frames that a process collects in one go, from a seed of their own:
 make_env_once = functools.lru_cache(make_env)
 
 
-def collect_clip(env_id: str, prompt: str, settings: tuple[Setting, ...], distractors: str | None, seed: int, clip: tuple) -> dict[str, np.ndarray]:
+def collect_clip(args: Args, prompt: str, settings: tuple[Setting, ...], clip: tuple[int, Kind, int]) -> dict[str, np.ndarray]:
     """One clip's frames of n states, {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool}, and by setting, as it shows the same states."""
-    part, index, kind, n = clip
-    rng = np.random.default_rng([seed, part, index])
-    env, others = make_env_once(env_id), {setting: make_env_once(env_id, setting, seed, distractors=distractors) for setting in settings}
+    index, kind, n = clip
+    rng = np.random.default_rng([args.seed, len(settings) > 0, index])
+    env, *others = (make_env_once(args.env, setting, args.seed, distractors=args.distractors) for setting in ("train", *settings))
     seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *settings)} | {"masks": np.empty((n, env.size, env.size), bool)}
     for i, _ in enumerate(visit_states(env, kind, n, rng)):
         seen["clean"][i] = env.render().transpose(2, 0, 1)
         seen["masks"][i] = segment_frames(env, prompt)
-        for setting, other in others.items():
+        for setting, other in zip(settings, others, strict=True):
             if i % 25 == 0:  # a new background
-                other.reset(options={"episode": (index * CLIP + i) // 25})
+                other.reset(options={"episode": 2 * index + i // 25})
             seen[setting][i] = other.show(env.get_state(), int(rng.integers(other.episode_steps))).transpose(2, 0, 1)
     return seen
 
@@ -279,10 +279,7 @@ def collect_clip(env_id: str, prompt: str, settings: tuple[Setting, ...], distra
 def collect(args: Args, prompt: str, counts: dict[Kind, int], settings: tuple[Setting, ...], pool: Pool) -> dict[str, np.ndarray]:
     """Frames of so many states of each kind, as collect_clip's, collected by a pool of processes. Those that are shown in settings are the tests."""
     kinds = [(kind, min(CLIP, count - i)) for kind, count in counts.items() for i in range(0, count, CLIP)]
-    clips = pool.imap(
-        functools.partial(collect_clip, args.env, prompt, settings, args.distractors, args.seed),
-        [(len(settings) > 0, index, kind, n) for index, (kind, n) in enumerate(kinds)],
-    )
+    clips = pool.imap(functools.partial(collect_clip, args, prompt, settings), [(index, *kind) for index, kind in enumerate(kinds)])
     bar = {"unit": f"{CLIP} frames", "mininterval": 1 if sys.stderr.isatty() else 15}
     clips = list(tqdm(clips, f"collect {'test' if settings else 'clean'} frames", len(kinds), **bar))
     return {key: np.concatenate([clip[key] for clip in clips]) for key in clips[0]}
@@ -295,34 +292,23 @@ def predict(masker: Masker, frames: np.ndarray, device: torch.device) -> np.ndar
     return np.concatenate([masker(torch.from_numpy(frames[i : i + 100]).to(device)).sigmoid().cpu().numpy() for i in range(0, len(frames), 100)])
 
 
-def evaluate(masker: Masker, tests: dict[str, np.ndarray], device: torch.device) -> dict[str, float]:
-    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}."""
-    figures = {}
-    for key in tests:
-        if key != "masks":
-            pred = predict(masker, tests[key], device) > 0.5
-            figures |= {f"iou/{key}": float(mask_iou(pred, tests["masks"]).mean()), f"iou_1px/{key}": float(mask_iou(pred, tests["masks"], 1).mean())}
-    return figures
+def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, sheet: Path) -> dict[str, float]:
+    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well.
 
-
-def print_figures(figures: dict[str, float]) -> None:
-    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
-    for key in (key for key in figures if key.startswith("iou/")):
-        print(f"{key[4:]:<14}{figures[key]:>8.3f}{figures[key.replace('iou', 'iou_1px')]:>10.3f}")
-
-
-def draw_sheet(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, path: Path) -> None:
-    """A PNG to look at: per row a setting, the frame and what the masker keeps of it, for test states of each kind."""
-    n = len(tests["masks"])
+    The sheet is a PNG to look at: a row per setting, frames of each kind of state and what the masker keeps of them.
+    """
+    figures, rows, n = {}, [], len(tests["masks"])
     chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
-    rows = []
-    for key in tests:
-        if key != "masks":
-            frames = tests[key][chosen]
-            kept = (frames * (predict(masker, frames, device) > 0.5)[:, None]).astype(np.uint8)
-            rows.append(np.concatenate([np.concatenate([f, k], axis=2) for f, k in zip(frames, kept, strict=True)], axis=2))
-    sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    cv2.imwrite(str(path), cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
+    for key, frames in ((key, frames) for key, frames in tests.items() if key != "masks"):
+        pred = predict(masker, frames, device) > 0.5
+        iou, iou_1px = (float(mask_iou(pred, tests["masks"], tolerance).mean()) for tolerance in (0, 1))
+        print(f"{key:<14}{iou:>8.3f}{iou_1px:>10.3f}")
+        figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
+        rows.append(np.concatenate([np.concatenate([frames[i], frames[i] * pred[i]], axis=2) for i in chosen], axis=2))
+    picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
+    cv2.imwrite(str(sheet), cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    return figures
 
 
 def save_atomically(write, path: Path) -> None:
@@ -398,15 +384,13 @@ def main(args: Args) -> None:
             bar.set_postfix(bce=f"{bce.item():.4f}", refresh=False)
 
     # ---- what came of it
-    figures = evaluate(masker, tests, device)
+    figures = report(masker, tests, device, run / "masks.png")
     for key, value in figures.items():
         writer.add_scalar(key, value, args.steps)
     writer.close()
-    print_figures(figures)
     figures |= {"frames": n, "test_frames": args.test_frames, "train/updates": args.steps, "mask_pixels": float(masks.sum((1, 2)).mean())}
     figures |= {"seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
-    draw_sheet(masker, tests, device, run / "masks.png")
     checkpoint = {"version": 1, "kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt}
     checkpoint["state_dict"] = masker.cpu().state_dict()
     save_atomically(lambda path: torch.save(checkpoint, path), output / "teacher.pt")

@@ -115,34 +115,23 @@ def predict(masker: Masker, frames: np.ndarray, device: torch.device) -> np.ndar
     return np.concatenate([masker(torch.from_numpy(frames[i : i + 100]).to(device)).sigmoid().cpu().numpy() for i in range(0, len(frames), 100)])
 
 
-def evaluate(masker: Masker, tests: dict[str, np.ndarray], device: torch.device) -> dict[str, float]:
-    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}."""
-    figures = {}
-    for key in tests:
-        if key != "masks":
-            pred = predict(masker, tests[key], device) > 0.5
-            figures |= {f"iou/{key}": float(mask_iou(pred, tests["masks"]).mean()), f"iou_1px/{key}": float(mask_iou(pred, tests["masks"], 1).mean())}
-    return figures
+def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, sheet: Path) -> dict[str, float]:
+    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well.
 
-
-def print_figures(figures: dict[str, float]) -> None:
-    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
-    for key in (key for key in figures if key.startswith("iou/")):
-        print(f"{key[4:]:<14}{figures[key]:>8.3f}{figures[key.replace('iou', 'iou_1px')]:>10.3f}")
-
-
-def draw_sheet(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, path: Path) -> None:
-    """A PNG to look at: per row a setting, the frame and what the masker keeps of it, for test states of each kind."""
-    n = len(tests["masks"])
+    The sheet is a PNG to look at: a row per setting, frames of each kind of state and what the masker keeps of them.
+    """
+    figures, rows, n = {}, [], len(tests["masks"])
     chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
-    rows = []
-    for key in tests:
-        if key != "masks":
-            frames = tests[key][chosen]
-            kept = (frames * (predict(masker, frames, device) > 0.5)[:, None]).astype(np.uint8)
-            rows.append(np.concatenate([np.concatenate([f, k], axis=2) for f, k in zip(frames, kept, strict=True)], axis=2))
-    sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    cv2.imwrite(str(path), cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
+    for key, frames in ((key, frames) for key, frames in tests.items() if key != "masks"):
+        pred = predict(masker, frames, device) > 0.5
+        iou, iou_1px = (float(mask_iou(pred, tests["masks"], tolerance).mean()) for tolerance in (0, 1))
+        print(f"{key:<14}{iou:>8.3f}{iou_1px:>10.3f}")
+        figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
+        rows.append(np.concatenate([np.concatenate([frames[i], frames[i] * pred[i]], axis=2) for i in chosen], axis=2))
+    picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
+    cv2.imwrite(str(sheet), cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    return figures
 
 
 def save_atomically(write, path: Path) -> None:
@@ -204,16 +193,15 @@ def main(args: Args) -> None:
             writer.add_images("views/augmented_and_kept", shown.clamp(0, 1), step)
 
     # ---- what came of it
-    figures = evaluate(student, tests, device)
+    print("\nthe teacher", end="")
+    figures = {f"teacher_{key}": value for key, value in report(teacher, tests, device, run / "teacher_masks.png").items()}
+    print("\nthe student", end="")
+    figures |= report(student, tests, device, run / "masks.png")
     for key, value in figures.items():
         writer.add_scalar(key, value, args.steps)
     writer.close()
-    print_figures(figures)
-    teacher_figures = {f"teacher_{key}": value for key, value in evaluate(teacher, tests, device).items()}
-    print(f"(the teacher: {teacher_figures['teacher_iou/clean']:.3f} clean, {teacher_figures['teacher_iou/procedural']:.3f} procedural)")
-    figures |= teacher_figures | {"train/updates": args.steps, "seconds": round(time.time() - started, 1)}
+    figures |= {"train/updates": args.steps, "seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
-    draw_sheet(student, tests, device, run / "masks.png")
     checkpoint |= {"kind": "student", "augmentation": args.augmentation, "state_dict": student.cpu().state_dict()}
     save_atomically(lambda path: torch.save(checkpoint, path), folder / "student.pt")
     print(f"\nwritten: {folder}/student.pt, {run}/metrics.json, {run}/masks.png (look at it)")

@@ -16,7 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from envs import Setting, UserError, make_env, mask_iou
-from talas_asymmetric_sac import Agent, Masker, load_checkpoint, observe
+from talas_asymmetric_sac import Agent, load_checkpoint, observe
 
 
 @dataclass
@@ -42,7 +42,7 @@ def roll(agent: Agent, args, prompt: str, setting: Setting, episode: int, simula
         true_masks.extend([torch.from_numpy(true).byte() * 255] * (1 if true_masks else true_masks.maxlen))
         ious.append(mask_iou(kept[None], true[None])[0])
         pictures.append(np.concatenate([frame, frame * kept, frame * true], 1))
-        action = agent.act(pixels, torch.stack(list(true_masks))[None] if simulators else mask, proprio, mean=True)[0]
+        action = agent.act(pixels, torch.stack(list(true_masks))[None] if simulators else mask, proprio, mean=True)
         obs, reward, terminated, truncated, _ = env.step(action)
         total, done = total + reward, terminated or truncated
     env.close()
@@ -50,14 +50,10 @@ def roll(agent: Agent, args, prompt: str, setting: Setting, episode: int, simula
 
 
 def main(args: Args) -> None:
-    checkpoint = load_checkpoint(Path(args.checkpoint))
+    agent, checkpoint = load_checkpoint(Path(args.checkpoint))
     run, prompt = checkpoint["args"], checkpoint["prompt"]
     if run.masker == "none":
         raise UserError(f"--checkpoint {args.checkpoint}: an agent without a masker")
-    env = make_env(run.env, "train", run.seed)
-    spaces = (env.observation_space["pixels"].shape[0], env.observation_space["proprio"].shape[0], env.action_space.shape[0])
-    agent = Agent(run, *spaces, Masker(), None)
-    agent.load(checkpoint)
     with Path(f"{args.output}.csv").open("w", newline="", buffering=1) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["setting", "masks", "episode", "return", "iou"])

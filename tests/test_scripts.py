@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import re
@@ -20,6 +21,10 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+
+import envs
+import talas_asymmetric_sac as rl
+import talas_phase1 as phase1
 
 ROOT = Path(__file__).parents[1]
 RL, PHASE1, PHASE2 = "talas_asymmetric_sac", "talas_phase1", "talas_phase2"
@@ -245,6 +250,41 @@ def test_media_with_some_settings_only(tmp_path):
     args = ["--env=cartpole_swingup", "--frames=4", "--test-frames=4", "--steps=1", "--overlay-images=20", "--distractors=media"]
     run(PHASE1, *args, cwd=tmp_path)
     assert not [key for key in metrics(only(tmp_path, "runs/*__phase1__*")) if "video" in key]
+
+
+def test_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
+    """Two processes collect what one does, clip by clip, and in the same order."""
+    monkeypatch.setattr(phase1, "CLIP", 3)
+    args, counts = phase1.Args(env="cartpole_swingup", seed=3), {"spread": 5, "random": 4}
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1) as one, spawn.Pool(2) as two:
+        a, b = (phase1.collect(args, "the cart and the pole", counts, ("procedural",), pool) for pool in (one, two))
+    assert a.keys() == b.keys() == {"clean", "masks", "procedural"}
+    assert a["clean"].shape == (9, 3, 84, 84) and a["masks"].shape == (9, 84, 84)
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+    assert len({frame.tobytes() for frame in a["clean"]}) == 9
+    assert (a["procedural"] != a["clean"]).any(1)[~a["masks"]].mean() > 0.5
+
+
+def test_evaluation_plays_every_episode_once(tmp_path):
+    """In processes, what a loop over the episodes comes to; a success rate where there is one to tell."""
+    args = rl.Args(env="hammer", masker="none", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32")
+    agent = rl.Agent(args, 9, 24, 26, None, None)
+    rl.save_checkpoint(tmp_path / "checkpoint.pt", agent, 0, None)
+    figures = rl.evaluate(tmp_path / "checkpoint.pt", args, ("train", "procedural"), 3, None)
+    for setting in ("train", "procedural"):
+        env, totals = envs.make_env("hammer", setting, args.seed + 10_000, action_repeat=20), []
+        for episode in range(3):
+            (obs, _), done = env.reset(options={"episode": episode}), False
+            totals.append(0.0)
+            while not done:
+                obs, reward, _, done, _ = env.step(agent.act(*rl.observe(None, obs, torch.device("cpu")), mean=True))
+                totals[-1] += reward
+        env.close()
+        assert figures[f"eval/{setting}/return_mean"] == pytest.approx(np.mean(totals), rel=1e-3)
+        assert figures[f"eval/{setting}/return_std"] == pytest.approx(np.std(totals), rel=1e-2)
+        assert figures[f"eval/{setting}/episodes"] == 3 and figures[f"eval/{setting}/success_rate"] == 0
+    assert not [key for key in figures if key.startswith("iou")]  # of no masker
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
