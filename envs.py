@@ -7,13 +7,13 @@
     python envs.py                  lists the tasks
     python envs.py --env hammer     writes a picture of that task under every setting, with its mask
 
-Read from top to bottom: the table of tasks; the three loaders (dm_control's suite, the Unitree A1, the Adroit hand), each a simulated
-task without pixels; backgrounds and colours; `TalasEnv`, which adds cameras, settings and masks to any loader; and the photographs and
-augmentations that Phase II and the agent train with.
+From top to bottom: the table of tasks; the three loaders (dm_control's suite, the Unitree A1, the Adroit hand); backgrounds and colours;
+`TalasEnv`, which adds cameras, settings and masks to any loader; and the photographs and augmentations that Phase II and the agent train with.
 """
 
 import atexit
 import contextlib
+import ctypes
 import difflib
 import fnmatch
 import io
@@ -26,7 +26,7 @@ import warnings
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -68,6 +68,10 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
         raise UserError(f"--seed {seed}: has to be 0 or more")
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    with contextlib.suppress(AttributeError, OSError):  # glibc only
+        # Keep freed tensors' pages: by default each step hands them back and pays for fresh ones, a tenth (bf16) to half (fp32) of an update's time.
+        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)):  # mmap only from 1 GB, never trim, grow by 64 MB
+            ctypes.CDLL(None).mallopt(option, value)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: costs a tenth of the time, and all of replay's memory at once
     return device, device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -85,7 +89,7 @@ class Task:
     mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow
     vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model, see TalasEnv._lookup
     hold: int = 0  # control steps for which the goal has to hold in an episode that counts as a success (Adroit)
-    student_steps: int = 6000  # gradient steps of Phase II by default: the A1 is large in its picture, and needs fewer
+    student_steps: int = 6000  # gradient steps of Phase II by default: the A1, large in its picture, needs fewer, Adroit's thin tools more
 
 
 _CARTPOLE = {"cart": "cart", "pole": "pole_*", "rail": "rail*", "floor": "floor"}
@@ -97,7 +101,6 @@ _HAND = {"hand": "forearm+", "fingers": "palm+", "forearm": "forearm", "table": 
 _A1 = {"robot": "trunk+", "trunk": "trunk", "body": "trunk", "legs": "??_hip+", "front legs": "F?_hip+", "rear legs": "R?_hip+", "hips": "*_hip"}
 _A1 |= {"thighs": "*_thigh", "calves": "*_calf", "feet": "*_calf", "ground": "floor", "floor": "floor"}  # the feet one sees are the calf's mesh
 
-# fmt: off
 TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt, mask frames, vocabulary
     "cartpole_swingup":  Task("suite", 8, 125, 0, "the cart and the pole", 5000, _CARTPOLE),
     "walker_walk":       Task("suite", 4, 250, 0, "the walker", 5000, _WALKER),
@@ -107,16 +110,15 @@ TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt
     "cheetah_run":       Task("suite", 4, 250, 0, "the cheetah", 5000, _CHEETAH),
     "unitree_walk":      Task("unitree", 2, 500, "mounted", "the robot", 800, _A1, student_steps=3000),
     "unitree_stand":     Task("unitree", 2, 500, "mounted", "the robot", 800, _A1, student_steps=3000),
-    "pen":               Task("adroit", 2, 100, "vil_camera", "the hand, the pen and the target", 1500,
-                              _HAND | {"pen": "Object+", "target": "target+"}, hold=20),
-    "door":              Task("adroit", 2, 100, "vil_camera", "the hand, the door and the frame", 1500,
-                              _HAND | {"door": "door+", "handle": "latch+", "latch": "latch+", "frame": "frame"}, hold=25),
-    "hammer":            Task("adroit", 2, 100, "vil_camera", "the hand, the hammer and the nail", 1500,
-                              _HAND | {"hammer": "Object+", "nail": "nail+", "board": "nail_board"}, hold=25),
-    "relocate":          Task("adroit", 2, 100, "vil_camera", "the hand, the ball and the target", 1500,
-                              _HAND | {"ball": "Object+", "target": "target"}, hold=25),
-}
-# fmt: on
+    "pen":               Task("adroit", 2, 100, "vil_camera", "the hand, the pen and the target", 3000,
+                              _HAND | {"pen": "Object+", "target": "target+"}, hold=20, student_steps=6500),
+    "door":              Task("adroit", 2, 100, "vil_camera", "the hand, the door and the frame", 3000,
+                              _HAND | {"door": "door+", "handle": "latch+", "latch": "latch+", "frame": "frame"}, hold=25, student_steps=6500),
+    "hammer":            Task("adroit", 2, 100, "vil_camera", "the hand, the hammer and the nail", 3000,
+                              _HAND | {"hammer": "Object+", "nail": "nail+", "board": "nail_board"}, hold=25, student_steps=6500),
+    "relocate":          Task("adroit", 2, 100, "vil_camera", "the hand, the ball and the target", 3000,
+                              _HAND | {"ball": "Object+", "target": "target"}, hold=25, student_steps=6500),
+}  # fmt: skip
 ALIASES = {"cup_catch": "ball_in_cup_catch"}
 SUITE = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
 
@@ -125,21 +127,18 @@ def resolve_env_id(env_id: str) -> str:
     """The canonical name of a task. Raises UserError with near matches for one that does not exist."""
     env_id = ALIASES.get(env_id, env_id)
     if env_id not in TASKS and env_id not in SUITE:
-        names = [*TASKS, *ALIASES, *SUITE]
-        near = difflib.get_close_matches(env_id, names, n=3, cutoff=0.5) or list(TASKS)[:3]
+        near = difflib.get_close_matches(env_id, [*TASKS, *ALIASES, *SUITE], n=3, cutoff=0.5) or list(TASKS)[:3]
         raise UserError(f"unknown --env {env_id!r}: did you mean {', '.join(near)}? `python envs.py` lists all")
     return env_id
 
 
 def task_row(env_id: str) -> Task:
     """The table's row; a suite task that is not in it gets repeat 4 and the vocabulary of its own model."""
-    env_id = resolve_env_id(env_id)
-    return TASKS.get(env_id) or Task("suite", 4, 250, 0, "the robot")
+    return TASKS.get(resolve_env_id(env_id)) or Task("suite", 4, 250, 0, "the robot")
 
 
 # ---------------------------------------------------------------------------------------------------- the three loaders
-# A loader is a simulated task without pixels: `model`, `data`, `action_size`, `sky` and `ground` (texture names), and the
-# methods of SuiteTask below. Randomness comes from the generator that is handed in and from nowhere else.
+# A loader is a simulated task without pixels: `model`, `data`, `action_size` and the methods of SuiteTask. All chance is in the `rng` it is handed.
 class Textured:
     """What the suite and the A1 have in common: a sky and a ground texture, no proprioception, and robots to be put on the ground."""
 
@@ -161,8 +160,7 @@ class Textured:
             texture(self.model, name)[:] = texture(drawn, name)
 
     def hold(self) -> np.ndarray:
-        """The action to settle a state with."""
-        return np.zeros(self.action_size)
+        return np.zeros(self.action_size)  # the action to settle a state with
 
     def proprio(self) -> np.ndarray:
         return np.zeros(0, np.float32)
@@ -173,11 +171,9 @@ class SuiteTask(Textured):
 
     ground = "grid"
 
-    def __init__(self, env_id: str, row: Task):
-        self.row = row
-        self.textures = mujoco.MjSpec.from_string(
-            "<mujoco><include file='./common/skybox.xml'/><include file='./common/materials.xml'/></mujoco>", include=common.ASSETS
-        )
+    def __init__(self, env_id: str):
+        scene = "<mujoco><include file='./common/skybox.xml'/><include file='./common/materials.xml'/></mujoco>"
+        self.textures = mujoco.MjSpec.from_string(scene, include=common.ASSETS)
         self.env = suite.load(*SUITE[env_id], task_kwargs={"random": 0})
         self.physics = self.env.physics
         self.model, self.data = self.physics.model.ptr, self.physics.data.ptr
@@ -208,33 +204,28 @@ class UnitreeTask(Textured):
 
     ground, action_size = "ground", 12
 
-    def __init__(self, env_id: str, row: Task):
+    def __init__(self, env_id: str):
         self.walk, spec = env_id == "unitree_walk", self._menagerie_spec(env_id)
         spec.material("carbonfibre").textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = ""
         spec.material("carbonfibre").rgba, spec.material("dark").rgba = (0.25, 0.25, 0.25, 1), (0.2, 0.2, 0.2, 1)
         trunk, world = spec.body("trunk"), spec.worldbody
         trunk.pos = (0, 0, 0.43 if self.walk else 0.096)
-        for i, actuator in enumerate(spec.actuators):
-            actuator.ctrlrange = _A1_RANGES[env_id][i % 3]
         spec.option.timestep, spec.stat.extent, spec.stat.center = 0.002, 0.8, (0, 0, 0.1)
         spec.visual.headlight.ambient, spec.visual.headlight.diffuse, spec.visual.headlight.specular = (0.4,) * 3, (0.8,) * 3, (0.1,) * 3
         spec.visual.map.znear, spec.visual.quality.shadowsize = 0.01, 2048
-        kind, pattern, mark = mujoco.mjtTexture, mujoco.mjtBuiltin, mujoco.mjtMark
-        sky = {"type": kind.mjTEXTURE_SKYBOX, "builtin": pattern.mjBUILTIN_GRADIENT, "mark": mark.mjMARK_RANDOM}
+        sky = {"type": mujoco.mjtTexture.mjTEXTURE_SKYBOX, "builtin": mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, "mark": mujoco.mjtMark.mjMARK_RANDOM}
         spec.add_texture(name="skybox", width=800, height=800, rgb1=(0.4, 0.6, 0.8), rgb2=(0, 0, 0), markrgb=(1, 1, 1), **sky)
-        checker = {"type": kind.mjTEXTURE_2D, "builtin": pattern.mjBUILTIN_CHECKER, "mark": mark.mjMARK_EDGE}
+        checker = {"type": mujoco.mjtTexture.mjTEXTURE_2D, "builtin": mujoco.mjtBuiltin.mjBUILTIN_CHECKER, "mark": mujoco.mjtMark.mjMARK_EDGE}
         spec.add_texture(name="ground", width=300, height=300, rgb1=(0.2, 0.3, 0.4), rgb2=(0.1, 0.2, 0.3), markrgb=(0.8, 0.8, 0.8), **checker)
         material = spec.add_material(name="ground", texrepeat=(5, 5), texuniform=True, reflectance=0.2)
         material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "ground"
         world.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 0.05), material="ground", group=1)
         world.add_light(pos=(-1, -1, 4), dir=(1, 1, -4), diffuse=(0.7,) * 3, specular=(0.03,) * 3)
-        quat = np.zeros(4)
-        mujoco.mju_euler2Quat(quat, np.array([0, 0.83, 1.57]), "xyz")
-        trunk.add_camera(name="mounted", pos=(0.7, 0, 0.5), quat=quat)  # rides before the head and looks back and down
-        mujoco.mju_mat2Quat(quat, np.array([-1, 0, 0, 0, -(0.2**0.5), 0.8**0.5, 0, 0.8**0.5, 0.2**0.5]))  # x (-1, 0, 0), y (0, -0.5, 1)
-        trunk.add_camera(name="people", pos=(0, 2.5, 1.5), quat=quat, mode=mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM)
+        trunk.add_camera(name="mounted", pos=(0.7, 0, 0.5), euler=(0, 0.83, 1.57))  # rides before the head and looks back and down
+        trunk.add_camera(name="people", pos=(0, 2.5, 1.5), xyaxes=(-1, 0, 0, 0, -0.5, 1), mode=mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM)
         self.textures, self.model = spec, spec.compile()
         self.data = mujoco.MjData(self.model)
+        self.model.actuator_ctrlrange[:] = _A1_RANGES[env_id] * 4
         self.low, self.high = self.model.actuator_ctrlrange.T.copy()
         self.reset(np.random.default_rng(0))
 
@@ -272,14 +263,13 @@ class UnitreeTask(Textured):
         data, trunk = self.data, self.data.body("trunk")
         mujoco.mj_subtreeVel(self.model, data)
         axes, velocity = trunk.xmat.reshape(3, 3), trunk.subtree_linvel  # columns: the trunk's axes in the world; m/s, its subtree's centre of mass
-        omega = axes @ data.qvel[3:6]  # in the world; a free joint's is in its own frame
         e_x, e_z = axes[:, 0], axes[:, 2]
         s = rewards.tolerance(trunk.xpos[2], (0.36, np.inf), margin=0.18)
         tilt = 0.1 * np.sum((e_z - (0, 0, 1)) ** 2) + 0.05 * np.sum((e_x - (1, 0, 0)) ** 2)  # 0.1 p_z + 0.05 p_x
         if not self.walk:
             return float((2 * s + e_z[2]) / 3 - 0.08 * np.mean(self.hold() ** 2) - tilt)
         w = (3 * s + e_z[2] + e_x[0]) / 5 - 0.05 * np.mean((data.ctrl - _A1_Q0) ** 2) - 0.05 * velocity[2] ** 2
-        w += -0.005 * np.sum(omega[:2] ** 2) - tilt
+        w += -0.005 * np.sum((axes @ data.qvel[3:6])[:2] ** 2) - tilt  # ω in the world; a free joint's is in its own frame
         m = rewards.tolerance(velocity[0], (1, np.inf), margin=1, sigmoid="linear")
         return float((w + m + w * m) / 3)
 
@@ -289,28 +279,24 @@ class UnitreeTask(Textured):
 
 # Adroit: where the 24 hand joints start in qpos; VRL3's divisor of the dense reward (relocate's is ours); the camera's position and Euler angles
 # (the benchmark's; relocate's is ours: from the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
-# fmt: off
 _ADROIT: dict[str, dict[str, Any]] = {
     "pen":      {"hand": 0, "scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
     "door":     {"hand": 4, "scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle")},
     "hammer":   {"hand": 2, "scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object")},
     "relocate": {"hand": 6, "scale": 30, "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)), "palm_to": ("body", "Object")},
-}
-# fmt: on
+}  # fmt: skip
 
 
 class AdroitTask:
     """A task of gymnasium-robotics' Adroit hand, with the benchmark's camera and a corrected reward."""
 
-    def __init__(self, env_id: str, row: Task, reward: str = "dense"):
-        with contextlib.redirect_stderr(io.StringIO()):  # on import it prints that v1's dense rewards changed: see step
-            import gymnasium_robotics  # here, because it takes a second that no other task should wait for
-        gym.register_envs(gymnasium_robotics)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.env = gym.make(f"AdroitHand{env_id.title()}-v1", reward_type=reward).unwrapped
+    def __init__(self, env_id: str, reward: Literal["dense", "sparse"]):
+        # Imports the package only here, as that takes a second; on import it prints that v1's dense rewards changed: see step.
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+            self.env = gym.make(f"gymnasium_robotics:AdroitHand{env_id.title()}-v1", reward_type=reward).unwrapped
         self.env_id, self.dense, self.spec = env_id, reward == "dense", _ADROIT[env_id]
         self.model, self.data, self.action_size = self.env.model, self.env.data, self.env.model.nu
+        self.model.vis.quality.shadowsize = 2048  # the suite's; 4096 take a third more time, for two pixels in a thousand
         camera, (position, euler) = self.model.cam("vil_camera"), self.spec["camera"]
         camera.pos, camera.fovy = position, 45
         mujoco.mju_euler2Quat(camera.quat, np.array(euler, float), "xyz")
@@ -318,13 +304,12 @@ class AdroitTask:
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         """Make the floor, or floor and table, render exactly black: no colour, texture, highlight or mirror. The void is black anyway. Ours."""
-        black = self.model.mat("groundplane").id  # the table's legs have no material of their own, and would keep a highlight
-        self.model.mat_rgba[black], self.model.mat_texid[black] = (0, 0, 0, 1), -1
-        for name in ("specular", "shininess", "reflectance", "emission"):
-            getattr(self.model, f"mat_{name}")[black] = 0
+        black = self.model.mat("groundplane")  # the table's legs have no material of their own, and would keep a highlight
+        black.rgba, black.texid = (0, 0, 0, 1), -1
+        black.specular = black.shininess = black.reflectance = black.emission = 0
         for g in range(self.model.ngeom):
             if {self.model.geom(g).name, self.model.body(self.model.geom_bodyid[g]).name} & ({"ground"} if level == "easy" else {"ground", "table"}):
-                self.model.geom_matid[g], self.model.geom_rgba[g] = black, (0, 0, 0, 1)
+                self.model.geom_matid[g], self.model.geom_rgba[g] = black.id, (0, 0, 0, 1)
 
     def recolour(self, palette: dict[str, np.ndarray]) -> None:
         raise UserError(f"{self.env_id} has no sky and hardly any ground in view for the color settings: choose a video setting or procedural")
@@ -389,7 +374,6 @@ def procedural_video(rng: np.random.Generator, length: int, size: int) -> np.nda
     return video
 
 
-@lru_cache
 def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
     """The files of DMControl-GB's video_easy/ or video_hard/ folder in natural numeric order. Raises UserError where there are none."""
     folder = Path(distractors) / setting
@@ -403,13 +387,11 @@ def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
 
 
 def read_video(path: Path, length: int, size: int) -> np.ndarray:
-    """The first `length` frames of a video (fewer if it is shorter) as (T, size, size, 3) uint8 RGB.
-
-    RL-ViGen's arithmetic: bilinear with half-pixel centres, no antialiasing, truncated to bytes. Raises UserError if no frame can be decoded.
-    """
+    """(T, size, size, 3) uint8 RGB: the first `length` frames of a video, fewer if it is shorter. Raises UserError if none can be decoded."""
     capture, frames = cv2.VideoCapture(str(path)), []
     while len(frames) < length and (decoded := capture.read())[0]:  # one at a time: 500 frames of 352² in floating point would be 700 MB
         rgb = torch.from_numpy(decoded[1]).permute(2, 0, 1).flip(0) / 255  # (3, h, w), from BGR
+        # RL-ViGen's arithmetic: bilinear with half-pixel centres, no antialiasing, truncated to bytes
         frames.append((F.interpolate(rgb[None], (size, size), mode="bilinear", align_corners=False)[0] * 255).byte().permute(1, 2, 0))
     capture.release()
     if not frames:
@@ -417,13 +399,11 @@ def read_video(path: Path, length: int, size: int) -> np.ndarray:
     return torch.stack(frames).contiguous().numpy()
 
 
-@lru_cache
 def load_colours(path: Path) -> list[dict[str, np.ndarray]]:
     """The 100 palettes of DMControl-GB's color_easy.pt or color_hard.pt. Its pickle may name numpy's array reconstructors and nothing else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; the colour settings need DMControl-GB's {path.name}")
-    reconstruct = np.empty(0).__reduce__()[0]
-    allowed = [(reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, np.dtypes.Float64DType]
+    allowed = [(np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, np.dtypes.Float64DType]
     try:
         with torch.serialization.safe_globals(allowed):
             palettes = torch.load(path, weights_only=True)
@@ -460,6 +440,7 @@ class TalasEnv(gym.Env):
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
+    EPISODE_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_size", "site_pos", "site_quat", "site_size", "site_rgba")  # see get_state
 
     def __init__(
         self,
@@ -483,12 +464,20 @@ class TalasEnv(gym.Env):
         if self.repeat < 1 or self.episode_steps < 1:
             raise UserError(f"--action-repeat {self.repeat}: an episode of {self.env_id} has {self.row.steps * self.row.repeat} control steps")
         self.size, self.render_mode = image_size, "rgb_array"
-        loaders = {"suite": SuiteTask, "unitree": UnitreeTask, "adroit": AdroitTask}
-        self.task = loaders[self.row.loader](self.env_id, self.row, **({"reward": reward} if self.row.loader == "adroit" else {}))
+        loaders = {"suite": SuiteTask, "unitree": UnitreeTask, "adroit": partial(AdroitTask, reward=reward)}
+        self.task = loaders[self.row.loader](self.env_id)
         self.model, self.data = self.task.model, self.task.data
         self.physics = getattr(self.task, "physics", None)  # dm_control's, on its suite
         self.vocabulary = self.row.vocabulary or self._names()
-        self._prepare_setting()
+        if setting not in ("train", "procedural") and not self.distractors:
+            raise UserError(f"{setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
+        if setting.startswith("video"):
+            self._videos = list_videos(self.distractors, setting)
+        if setting.startswith("color"):
+            self._palettes = load_colours(Path(self.distractors) / f"{setting}.pt")
+            self.task.recolour(self._palettes[0])  # refuses a task without the textures at once
+        elif setting != "train":
+            self.task.key("easy" if setting == "video_easy" else "hard")  # before there is a renderer, which takes the textures along
         self._renderer: mujoco.Renderer | None = None
         self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
@@ -503,31 +492,6 @@ class TalasEnv(gym.Env):
         world = [name for g in range(self.model.ngeom) if self.model.geom_bodyid[g] == 0 and (name := self.model.geom(g).name)]
         return {name.replace("_", " ").lower(): name for name in bodies + world} | {"robot": " ".join(bodies)}
 
-    def _prepare_setting(self) -> None:
-        """Check that the setting can be had, and paint what is keyed black. Textures go to the renderer when it is made, so this comes first."""
-        if self.setting == "train":
-            return
-        if self.setting != "procedural" and not self.distractors:
-            raise UserError(f"{self.setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
-        if self.setting.startswith("color"):
-            self.task.recolour(load_colours(Path(self.distractors) / f"{self.setting}.pt")[0])  # refuses a task without the textures at once
-        else:
-            if self.setting != "procedural":
-                list_videos(self.distractors, self.setting)
-            self.task.key("easy" if self.setting == "video_easy" else "hard")
-
-    def _dress(self, rng: np.random.Generator) -> None:
-        """The look of this episode: the next video, or one palette of the hundred."""
-        if self.setting.startswith("color"):
-            palettes = load_colours(Path(self.distractors) / f"{self.setting}.pt")
-            self.task.recolour(palettes[rng.integers(len(palettes))])
-            self.close()  # the next renderer takes the new textures along
-        elif self.setting == "procedural":
-            self._background = procedural_video(rng, self.episode_steps + 1, self.size)
-        elif self.setting != "train":  # RL-ViGen moves on by one before each episode, so the first episode shows the second video
-            videos = list_videos(self.distractors, self.setting)
-            self._background = read_video(videos[(self._episode + 1) % len(videos)], self.episode_steps + 1, self.size)
-
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start the next episode, or episode `options["episode"]`. Episode i draws everything from (seed, i)."""
         super().reset(seed=seed)
@@ -536,7 +500,15 @@ class TalasEnv(gym.Env):
         self._episode = int((options or {}).get("episode", self._episode + 1))
         self._step, self._held = 0, 0
         self.task.reset(np.random.default_rng([self.base_seed, self._episode]))
-        self._dress(np.random.default_rng([self.base_seed, self._episode, 1]))
+        rng = np.random.default_rng([self.base_seed, self._episode, 1])  # of the look: one palette of the hundred, the procedural video
+        if self.setting.startswith("color"):
+            self.task.recolour(self._palettes[rng.integers(len(self._palettes))])
+            self.close()  # the next renderer takes the new textures along
+        elif self.setting == "procedural":
+            self._background = procedural_video(rng, self.episode_steps + 1, self.size)
+        elif self.setting != "train":  # RL-ViGen moves on by one before each episode, so the first episode shows the second video
+            video = self._videos[(self._episode + 1) % len(self._videos)]
+            self._background = read_video(video, self.episode_steps + 1, self.size)
         self._frames.extend([self.render()] * self._frames.maxlen)
         return self._obs(), {"episode": self._episode}
 
@@ -585,10 +557,9 @@ class TalasEnv(gym.Env):
     def render(self) -> np.ndarray:
         """(H, W, 3) uint8: the present frame. Wherever the scene renders exactly black, the background shows."""
         frame = self._render()
-        if self._background is not None:
-            keyed = ~frame.any(axis=2)
-            frame[keyed] = self._background[self._step % len(self._background)][keyed]
-        return frame
+        if self._background is None:
+            return frame
+        return np.where(frame.any(axis=2, keepdims=True), frame, self._background[self._step % len(self._background)])
 
     def segment(self, prompt: str) -> np.ndarray:
         """(H, W) bool: which pixels of the frame just rendered show what the prompt names. Raises UserError for a phrase it does not know."""
@@ -605,14 +576,10 @@ class TalasEnv(gym.Env):
         """The ids that a noun phrase stands for, by MuJoCo's object type. A body stands for its geoms and sites."""
         if phrase not in self.vocabulary:
             raise UserError(f"--prompt: {phrase!r} is not in {self.env_id}'s vocabulary; it can name: {', '.join(sorted(self.vocabulary))}")
-        model, patterns = self.model, self.vocabulary[phrase].split()
-
-        def named(name: str, suffix: str = "") -> bool:
-            return any(fnmatch.fnmatchcase(name + suffix, pattern) for pattern in patterns)
-
-        trees: set[int] = set()
+        named = re.compile("|".join(fnmatch.translate(pattern) for pattern in self.vocabulary[phrase].split())).match
+        model, trees = self.model, set()
         for b in range(1, model.nbody):  # parents come before their children
-            if named(model.body(b).name, "+") or int(model.body_parentid[b]) in trees:
+            if named(model.body(b).name + "+") or model.body_parentid[b] in trees:
                 trees.add(b)
         bodies = trees | {b for b in range(1, model.nbody) if named(model.body(b).name)}
         return {
@@ -629,9 +596,6 @@ class TalasEnv(gym.Env):
         mujoco.mj_forward(self.model, self.data)
         self._step = t
         return self.render()
-
-    # What episodes change in the model, beside the state.
-    EPISODE_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_size", "site_pos", "site_quat", "site_size", "site_rgba")
 
     def get_state(self) -> list[np.ndarray]:
         """All that decides what the scene looks like: MuJoCo's integration state and the model's fields that episodes change."""
@@ -650,37 +614,31 @@ make_env = TalasEnv
 
 def parse_prompt(prompt: str) -> list[str]:
     """The noun phrases of a plain English list: "The hand, the hammer and a nail" -> ["hand", "hammer", "nail"]."""
-    parts = re.split(r"[,;.]|\band\b", prompt.lower())
-    phrases = [" ".join(word for word in part.split() if word not in {"the", "a", "an"}) for part in parts]
-    phrases = [phrase for phrase in phrases if phrase]
+    words = [[word for word in part.split() if word not in {"the", "a", "an"}] for part in re.split(r"[,;.]|\band\b", prompt.lower())]
+    phrases = [" ".join(phrase) for phrase in words if phrase]
     if not phrases:
         raise UserError(f"--prompt {prompt!r} names nothing; write something like 'the cart and the pole'")
     return phrases
 
 
 def mask_iou(pred: np.ndarray, true: np.ndarray, tolerance: int = 0) -> np.ndarray:
-    """Intersection over union of (N, H, W) bool masks, per frame, (N,) float; an empty pair counts 1.
-
-    With a tolerance, a pixel of either mask also counts as shared when the other mask has one at most that far away (in rows and columns).
-    """
-    shared = pred & true
-    if tolerance:
-        kernel = np.ones((2 * tolerance + 1,) * 2, np.uint8)
-        near_pred, near_true = (np.stack([cv2.dilate(m.astype(np.uint8), kernel) for m in masks]).astype(bool) for masks in (pred, true))
-        shared = (pred & near_true) | (true & near_pred)
+    """Intersection over union of (N, H, W) bool masks, per frame, (N,) float; an empty pair counts 1."""
+    kernel = np.ones((2 * tolerance + 1,) * 2, np.uint8)  # a pixel is shared if the other mask has one at most `tolerance` rows and columns away
+    near_pred, near_true = (np.stack([cv2.dilate(m.astype(np.uint8), kernel) for m in masks]).astype(bool) for masks in (pred, true))
+    shared = (pred & near_true) | (true & near_pred)
     union = (pred | true).sum((1, 2))
     return np.where(union == 0, 1.0, shared.sum((1, 2)) / np.maximum(union, 1))
 
 
 # ------------------------------------------------------------------------------------------ photographs and augmentations
 PHOTO_SIZE = 128  # photographs are kept a little larger than an observation, so that a random crop still has detail
+Augmentation = Literal["overlay", "swap", "mix"]
 
 
 def load_photographs(folder: str | None, count: int, seed: int, part: Literal["all", "train", "test"] = "all") -> torch.Tensor:
-    """(N, 3, 128, 128) uint8: a seeded sample of at most `count` images from a folder (searched recursively; argument or TALAS_OVERLAY).
+    """(N, 3, 128, 128) uint8: a seeded sample of at most `count` images under a folder (or TALAS_OVERLAY); without one, 1,000 synthetic images.
 
-    Every tenth file of the folder is the maskers' `test` part, whatever the seed, of which a tenth of `count` is drawn; the rest is `train`.
-    Without a folder: 1,000 synthetic images. A file that cannot be decoded is skipped with a warning; none left is a UserError.
+    Every tenth file is the maskers' `test` part, whatever the seed, a tenth of `count` drawn from it; the rest is `train`. Broken ones are skipped.
     """
     folder, count = folder or os.environ.get("TALAS_OVERLAY"), count // 10 if part == "test" else count
     rng = np.random.default_rng([seed, 3 if part == "test" else 2])
@@ -703,16 +661,14 @@ def load_photographs(folder: str | None, count: int, seed: int, part: Literal["a
 
 def read_photograph(path: Path) -> np.ndarray | None:
     """(128, 128, 3) uint8 RGB: the centre square of one image file, or None, with a warning, if it cannot be decoded."""
-    try:
+    image = None
+    with contextlib.suppress(OSError, cv2.error):
         image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-    except (OSError, cv2.error):
-        image = None
     if image is None:
         warnings.warn(f"{path}: skipped, cannot be decoded as an image", stacklevel=2)
         return None
     side, (height, width) = min(image.shape[:2]), image.shape[:2]
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[top : top + side, left : left + side, ::-1]
+    square = image[(height - side) // 2 :, (width - side) // 2 :, ::-1][:side, :side]
     return cv2.resize(square, (PHOTO_SIZE, PHOTO_SIZE), interpolation=cv2.INTER_AREA if side > PHOTO_SIZE else cv2.INTER_LINEAR)
 
 
@@ -728,9 +684,6 @@ def random_crops(photos: torch.Tensor, n: int, size: int) -> torch.Tensor:
     theta = torch.stack([torch.stack([width * flip, zero, centre_x], 1), torch.stack([zero, height, centre_y], 1)], 1)  # (n, 2, 3)
     grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
     return F.grid_sample(chosen, grid, padding_mode="border", align_corners=False)
-
-
-Augmentation = Literal["overlay", "swap", "mix"]
 
 
 def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, kind: Augmentation, alpha: float = 0.5) -> torch.Tensor:

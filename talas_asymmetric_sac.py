@@ -32,6 +32,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import torch
@@ -93,6 +94,9 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs with bf16 instructions, where it is several times faster"""
+    num_envs: int = 1  # environments, a process each; an agent step is one action in one of them, and updates keep their number per agent step
+    overlap: bool = True
+    """simulate and render the next frame while the update runs, on a replay that lacks it; --no-overlap: one after the other, the textbook's order"""
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
@@ -168,16 +172,16 @@ def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
     batch, channels, height, width = stack.shape
     if masker is None:
         return torch.full((batch, channels // 3, height, width), 255, dtype=torch.uint8, device=stack.device)
-    frames = stack.reshape(-1, 3, height, width).contiguous(memory_format=torch.channels_last)
+    frames = stack.reshape(-1, 3, height, width).to(masker.stem.weight.dtype)  # bytes are exact in bf16
     chunk = 96 if stack.device.type == "cpu" else len(frames)  # what a processor's cache holds: a sixth faster than 384 frames at once
     logits = torch.cat([masker(part) for part in frames.split(chunk)])
     return (logits.sigmoid() * 255).round().byte().view(batch, channels // 3, height, width)
 
 
 def apply_mask(stack: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """ψ(o) ⊙ o: (B, 3k, H, W) frames in [0, 255] and (B, k, H, W) masks in [0, 255] -> (B, 3k, H, W) of `dtype` in [0, 1], channels_last."""
+    """ψ(o) ⊙ o: (B, 3k, H, W) frames in [0, 255] and (B, k, H, W) masks in [0, 255] -> (B, 3k, H, W) of `dtype` in [0, 1]."""
     product = stack.to(dtype).unflatten(1, (-1, 3)) * (mask / 255**2).to(dtype).unsqueeze(2)
-    return product.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    return product.flatten(1, 2)
 
 
 def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
@@ -299,9 +303,9 @@ class Agent(nn.Module):
         self.critic_optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=args.critic_lr, fused=True)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
-        self.masker = masker  # the deployed one, frozen
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
+        self.masker = masker and masker.to(self.dtype)  # the deployed one, frozen: cast once
 
     def autocast(self) -> torch.autocast:
         """bf16 where asked for. Without the cache of cast weights: the actor would be judged by the critic from before its step."""
@@ -376,25 +380,32 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> np.ndarray:
-        """(A,) float32: the policy's action for one masked observation, sampled, or its mean."""
+        """(N, A) float32: the policy's actions for N masked observations, sampled, or their means."""
         with self.autocast():
             sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask, self.dtype)), proprio)
-        return (mean_action if mean else sample)[0].cpu().numpy()
+        return (mean_action if mean else sample).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
+def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One observation or N of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8, proprio (N, P), on the device."""
+    pixels, proprio = (torch.from_numpy(obs[key]).to(device) for key in ("pixels", "proprio"))
+    pixels = pixels.view(-1, *pixels.shape[-3:])
+    with torch.no_grad():
+        return pixels, mask_stack(masker, pixels), proprio.view(len(pixels), proprio.shape[-1])
+
+
 class Replay:
     """Every frame once, as bytes, with its mask; stacks are put together when sampled. A ring: the oldest frames go first.
 
     Frame n of the run lies in slot n % capacity. An episode of T steps is T + 1 frames; transition n leads from frame n to frame n + 1.
     """
 
-    def __init__(self, capacity: int, obs: dict[str, np.ndarray], action_dim: int, device: torch.device):
-        self.capacity, self.device, self.stack = capacity, device, obs["pixels"].shape[0] // 3
-        size = obs["pixels"].shape[1:]
+    def __init__(self, capacity: int, pixels: tuple[int, int, int], proprio_dim: int, action_dim: int, device: torch.device):
+        self.capacity, self.device, self.stack, size = capacity, device, pixels[0] // 3, pixels[1:]
         self.frames = torch.empty((capacity, 3, *size), dtype=torch.uint8)  # empty: the system hands out memory when it is written to
         self.masks = torch.empty((capacity, *size), dtype=torch.uint8)
-        self.proprio = torch.empty((capacity, *obs["proprio"].shape))
+        self.proprio = torch.empty((capacity, proprio_dim))
         self.actions, self.rewards, self.dones = torch.empty((capacity, action_dim)), torch.empty(capacity), torch.empty(capacity)
         self.first = torch.zeros(capacity, dtype=torch.int64)  # the number of the first frame of this frame's episode
         self.valid = torch.zeros(capacity, dtype=torch.bool)  # does a whole transition start here?
@@ -435,6 +446,38 @@ class Replay:
         return Batch(obs, mask, proprio, action, reward, done, next_obs, next_mask, next_proprio)
 
 
+def sample(replay: list[Replay], batch_size: int) -> Batch:
+    """A batch from the environments' rings, all of which are equally full."""
+    parts = torch.randint(len(replay), (batch_size,)).bincount(minlength=len(replay)).tolist()
+    batches = [ring.sample(n) for ring, n in zip(replay, parts, strict=True)]
+    return batches[0] if len(replay) == 1 else Batch(**{key: torch.cat([getattr(batch, key) for batch in batches]) for key in vars(batches[0])})
+
+
+def remember(replay: list[Replay], actions, obs, rewards, terminated, truncated, info: dict, masker: Masker | None) -> tuple[torch.Tensor, ...]:
+    """A step of all environments, each into its ring; returns what observe makes of `obs`.
+
+    Where an episode ended, `obs` is the next one's first observation already, and the last one comes in `info` (gymnasium's SAME_STEP).
+    """
+    device = replay[0].device
+    seen = observe(masker, obs, device)
+    for i, ring in enumerate(replay):
+        newest = {key: value[i] for key, value in obs.items()}
+        if terminated[i] or truncated[i]:
+            last = info["final_obs"][i]
+            ring.add_step(actions[i], rewards[i], terminated[i], last, observe(masker, last, device)[1][0, -1])
+            ring.add_frame(newest, seen[1][i, -1], first=True)
+        else:
+            ring.add_step(actions[i], rewards[i], False, newest, seen[1][i, -1])
+    return seen
+
+
+def memory_line(size: int, device: torch.device) -> str:
+    """What replay will come to take, and whether that is there."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    fits = "" if size < free else ": more than there is, so give a smaller --replay-size"
+    return f"replay: at most {size / 1e9:.1f} GB, as it fills, of {free / 1e9:.1f} GB free on {device}{fits}"
+
+
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 def save_checkpoint(path: Path, agent: Agent, step: int, prompt: str | None) -> None:
     """Written under a temporary name, then renamed: nobody ever finds half a checkpoint."""
@@ -444,13 +487,14 @@ def save_checkpoint(path: Path, agent: Agent, step: int, prompt: str | None) -> 
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path) -> tuple[Agent, dict]:
-    """The agent, on the CPU, and the rest: args, step, prompt."""
+def load_checkpoint(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
+    """The agent, on the CPU, in its own or another precision, and the rest: args, step, prompt."""
     if not path.is_file():
         raise UserError(f"--evaluate {path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["args"] = args = Args(**checkpoint["args"])
+        args = Args(**checkpoint["args"])
+        checkpoint["args"] = args = replace(args, precision=precision or args.precision)
         masker = None if args.masker == "none" else Masker().to(memory_format=torch.channels_last)
         agent = Agent(args, *checkpoint["spaces"], masker, None)
         for name, module in agent.named_children():
@@ -461,21 +505,13 @@ def load_checkpoint(path: Path) -> tuple[Agent, dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
-def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """An observation as a batch of one: pixels (1, 9, H, W) uint8, mask (1, 3, H, W) uint8, proprio (1, P)."""
-    pixels = torch.from_numpy(obs["pixels"]).unsqueeze(0).to(device)
-    with torch.no_grad():
-        return pixels, mask_stack(masker, pixels), torch.from_numpy(obs["proprio"]).unsqueeze(0).to(device)
-
-
 load_checkpoint_once, make_env_once = lru_cache(1)(load_checkpoint), lru_cache(make_env)  # once per process, whatever it plays
 
 
 def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float, list[list[float]], list[np.ndarray]]:
     """One episode of the mean policy of the agent in `path`, on the CPU: the return; whether it was a success (NaN: cannot be said); IoU, without
     and with a pixel of tolerance, of its masks with the simulator's at every fifth step; and of episode 0 the film, as (84, 252, 3) uint8."""
-    (setting, episode), (agent, checkpoint) = job, load_checkpoint_once(path)
-    agent.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    (setting, episode), (agent, checkpoint) = job, load_checkpoint_once(path, args.precision)
     env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))
     obs, info = env.reset(options={"episode": episode})
     total, ious, film, step, done = 0.0, [], [], 0, False
@@ -488,7 +524,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
         if checkpoint["prompt"] and step % 5 == 0:
             true = env.segment(checkpoint["prompt"])
             ious.append([mask_iou(newest[None] > 127, true[None], tolerance)[0] for tolerance in (0, 1)])
-        obs, reward, terminated, truncated, info = env.step(agent.act(pixels, mask, proprio, mean=True))
+        obs, reward, terminated, truncated, info = env.step(agent.act(pixels, mask, proprio, mean=True)[0])
         total, step, done = total + reward, step + 1, terminated or truncated
     return total, float(info.get("episode_success", math.nan)), ious, film
 
@@ -551,10 +587,9 @@ def main(args: Args) -> None:
         print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
         return
 
-    env = make_env(args.env, "train", args.seed, **env_options(args))
-    env.action_space.seed(args.seed)
-    obs, _ = env.reset()
-    spaces = (obs["pixels"].shape[0], len(obs["proprio"]), env.action_space.shape[0])
+    env = make_env(args.env, "train", args.seed, **env_options(args))  # to ask; the ones that are played run in processes of their own
+    pixels, proprio = (env.observation_space[key].shape for key in ("pixels", "proprio"))
+    spaces = (pixels[0], proprio[0], env.action_space.shape[0])
     episodes = args.eval_episodes or max(1, min(10, args.total_timesteps // (2 * env.episode_steps)))
 
     # ---- the frozen maskers, the photographs, the agent
@@ -565,7 +600,9 @@ def main(args: Args) -> None:
     two_views = "both" in (args.critic_views, args.actor_views)
     photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if two_views else None
     agent = Agent(args, *spaces, masker, photos).to(device)
-    replay = Replay(min(args.replay_size, args.total_timesteps + args.total_timesteps // env.episode_steps + 8), obs, spaces[2], device)
+    capacity = min(args.replay_size, args.total_timesteps + args.total_timesteps // env.episode_steps + 8 * args.num_envs) // args.num_envs
+    replay = [Replay(capacity, pixels, proprio[0], spaces[2], device) for _ in range(args.num_envs)]
+    print(memory_line(capacity * args.num_envs * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 17), device))
     learning_starts = min(args.learning_starts, 4 * args.total_timesteps // 5)
 
     run.mkdir(parents=True)
@@ -586,8 +623,8 @@ def main(args: Args) -> None:
         save_checkpoint(run / "checkpoint.pt", agent, step, prompt)
         figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
         with torch.random.fork_rng(), torch.no_grad(), agent.autocast():
-            sample = replay.sample(8)
-            views = [view[:, -3:].float() for view in agent.views(sample.obs, sample.mask) if view is not None]
+            shown = sample(replay, 8)
+            views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask) if view is not None]
         writer.add_images("views/clean_and_augmented", torch.cat(views, 3), step)
         for key, value in figures.items():
             writer.add_scalar(key, value, step)
@@ -601,49 +638,63 @@ def main(args: Args) -> None:
     )
 
     # ---- the loop
-    started, updates, episode, episode_return, episode_start, evaluation_seconds = time.time(), 0, 0, 0.0, 0, 0.0
-    pixels, mask, proprio = observe(clean_masker, obs, device)
-    replay.add_frame(obs, mask[0, -1], first=True)
-    history: deque[float] = deque(maxlen=10)
+    seeds = [args.seed + 100_000 * i for i in range(args.num_envs)]
+    makers = [partial(make_env, args.env, "train", seed, **env_options(args)) for seed in seeds]
+    # SAME_STEP: an ended episode's last observation comes in `info`, beside the next one's first. Gymnasium's default would make of it a step.
+    envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    envs.action_space.seed(args.seed)
+    obs, _ = envs.reset()
+    seen = observe(clean_masker, obs, device)
+    for i, ring in enumerate(replay):
+        ring.add_frame({key: value[i] for key, value in obs.items()}, seen[1][i, -1], first=True)
+    started, step, updates, evaluation_seconds = time.time(), 0, 0, 0.0
+    totals, lengths, history = np.zeros(args.num_envs), np.zeros(args.num_envs, int), deque(maxlen=10)
     bar = tqdm(total=args.total_timesteps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
-    for step in range(1, args.total_timesteps + 1):
-        action = env.action_space.sample() if step <= learning_starts else agent.act(pixels, mask, proprio, mean=False)
-        obs, reward, terminated, truncated, info = env.step(action)
-        pixels, mask, proprio = observe(clean_masker, obs, device)
-        replay.add_step(action, reward, terminated, obs, mask[0, -1])
-        episode_return += reward
-        if terminated or truncated:
-            seconds = time.time() - started
-            returns.writerow([step, episode, f"{episode_return:.3f}", step - episode_start, info.get("episode_success", ""), f"{seconds:.1f}"])
-            writer.add_scalar("charts/episodic_return", episode_return, step)
-            writer.add_scalar("charts/episodic_length", step - episode_start, step)
-            history.append(episode_return)
-            bar.set_postfix({"return": f"{episode_return:.1f}", "mean of 10": f"{np.mean(history):.1f}"}, refresh=False)
-            episode, episode_return, episode_start = episode + 1, 0.0, step
-            obs, _ = env.reset()
-            pixels, mask, proprio = observe(clean_masker, obs, device)
-            replay.add_frame(obs, mask[0, -1], first=True)
+
+    def learn() -> None:
+        """The updates that are due after `step` agent steps."""
+        nonlocal updates
         while updates < int(args.updates_per_step * (step - learning_starts)):
-            metrics = agent.update(replay.sample(args.batch_size))
+            metrics = agent.update(sample(replay, args.batch_size))
             updates += 1
-            if updates % 100 == 1:
+            if updates % 100 == 1:  # only now is anything fetched from the device
                 for key, value in metrics.items():
                     writer.add_scalar(key, value.item(), step)
                 writer.add_scalar("charts/SPS", step / (time.time() - started - evaluation_seconds), step)
-        if step % args.eval_every == 0 and step < args.total_timesteps:
+
+    while step < args.total_timesteps:
+        actions = envs.action_space.sample() if step < learning_starts else agent.act(*seen, mean=False)
+        envs.step_async(actions)
+        step += args.num_envs
+        if args.overlap:
+            learn()
+        obs, rewards, terminated, truncated, info = envs.step_wait()
+        seen = remember(replay, actions, obs, rewards, terminated, truncated, info, clean_masker)
+        totals, lengths = totals + rewards, lengths + 1
+        for i in np.flatnonzero(terminated | truncated):
+            success = info["final_info"].get("episode_success", [""] * args.num_envs)[i]
+            returns.writerow([step, info["episode"][i] - 1, f"{totals[i]:.3f}", lengths[i], success, f"{time.time() - started:.1f}"])
+            writer.add_scalar("charts/episodic_return", totals[i], step)
+            writer.add_scalar("charts/episodic_length", lengths[i], step)
+            history.append(totals[i])
+            bar.set_postfix({"return": f"{totals[i]:.1f}", "mean of 10": f"{np.mean(history):.1f}"}, refresh=False)
+            totals[i], lengths[i] = 0, 0
+        if not args.overlap:
+            learn()
+        if step % args.eval_every < args.num_envs and step < args.total_timesteps:
             before = time.time()
             figures = report(step, None)
             bar.write(f"step {step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
             evaluation_seconds += time.time() - before
-        bar.update()
+        bar.update(args.num_envs)
     bar.close()
-    env.close()
+    envs.close()
 
     # ---- the end: the table, the films, the figures
-    figures = report(args.total_timesteps, run)
+    figures = report(step, run)
     for file in (writer, returns_file, evaluations_file):
         file.close()
-    figures |= {"train/steps": args.total_timesteps, "train/updates": updates, "train/seconds": round(time.time() - started, 1)}
+    figures |= {"train/steps": step, "train/updates": updates, "train/seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
     films = ", ".join(f"{setting}.mp4" for setting in settings)
     print(f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: python {sys.argv[0]} --evaluate {run}/checkpoint.pt")

@@ -79,7 +79,7 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
     episodes, total = [], 0.0
     for step in range(1, args.steps + 1):
         picture, mask, state = talas.observe(None, obs, device)
-        action = env.action_space.sample() if step <= 500 else agent.act(picture, mask, state, mean=False)
+        action = env.action_space.sample() if step <= 500 else agent.act(picture, mask, state, mean=False)[0]
         obs, reward, terminated, truncated, _ = env.step(action)
         replay.add_step(action, reward, terminated, obs, pixel)
         total += reward

@@ -42,7 +42,7 @@ def roll(agent: Agent, args, prompt: str, setting: Setting, episode: int, simula
         true_masks.extend([torch.from_numpy(true).byte() * 255] * (1 if true_masks else true_masks.maxlen))
         ious.append(mask_iou(kept[None], true[None])[0])
         pictures.append(np.concatenate([frame, frame * kept, frame * true], 1))
-        action = agent.act(pixels, torch.stack(list(true_masks))[None] if simulators else mask, proprio, mean=True)
+        action = agent.act(pixels, torch.stack(list(true_masks))[None] if simulators else mask, proprio, mean=True)[0]
         obs, reward, terminated, truncated, _ = env.step(action)
         total, done = total + reward, terminated or truncated
     env.close()

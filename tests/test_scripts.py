@@ -278,7 +278,7 @@ def test_evaluation_plays_every_episode_once(tmp_path):
             (obs, _), done = env.reset(options={"episode": episode}), False
             totals.append(0.0)
             while not done:
-                obs, reward, _, done, _ = env.step(agent.act(*rl.observe(None, obs, torch.device("cpu")), mean=True))
+                obs, reward, _, done, _ = env.step(agent.act(*rl.observe(None, obs, torch.device("cpu")), mean=True)[0])
                 totals[-1] += reward
         env.close()
         assert figures[f"eval/{setting}/return_mean"] == pytest.approx(np.mean(totals), rel=1e-3)

@@ -1,8 +1,10 @@
 """The update against METHOD.md: numbers by hand, slow loops over samples, where gradients may flow, what each ablation changes; the replay."""
 
+import functools
 import inspect
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -521,7 +523,7 @@ class PlainReplay:
             mask_stacks = [np.stack([masks[max(t + k, 0)] for k in (-2, -1, 0)]) for t in range(length + 1)]
             obs = [{"pixels": stack, "proprio": p} for stack, p in zip(stacks, proprio, strict=True)]
             if self.replay is None:
-                self.replay = rl.Replay(capacity, obs[0], 1, torch.device("cpu"))
+                self.replay = rl.Replay(capacity, (9, 4, 5), 2, 1, torch.device("cpu"))
             self.replay.add_frame(obs[0], torch.from_numpy(masks[0]), first=True)
             start, self.n = self.n, self.n + 1
             self.check(16)
@@ -570,6 +572,81 @@ def test_replay_against_lists(capacity):
     expected = {i for i, (_, number, *_) in enumerate(plain.transitions) if number >= frames - capacity + 4}
     assert seen >= expected  # nothing but the few at the write head is lost
     assert len(expected) > 6
+
+
+class Counting(gym.Env):
+    """Frames that say when they are: episode and step; the reward is the step's number."""
+
+    observation_space = gym.spaces.Dict(pixels=gym.spaces.Box(0, 255, (9, 4, 5), np.uint8), proprio=gym.spaces.Box(-9, 9, (1,), np.float32))
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, length: int, ends: str):
+        self.length, self.ends, self.episode = length, ends, -1
+
+    def look(self) -> dict[str, np.ndarray]:
+        frames = [np.full((3, 4, 5), 8 * self.episode + max(self.t + k, 0), np.uint8) for k in (-2, -1, 0)]
+        return {"pixels": np.concatenate(frames), "proprio": np.array([self.t], np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.t = self.episode + 1, 0
+        return self.look(), {"episode": self.episode}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == self.length
+        return self.look(), float(self.t), over and self.ends == "terminated", over and self.ends == "truncated", {}
+
+
+def test_vector_environments_leave_transitions_only():
+    """Gymnasium's automatic resets are in replay as first frames, never as steps: as many transitions as steps were made, none across episodes."""
+    lengths, ends = (1, 3, 5), ("truncated", "terminated", "truncated")
+    makers = [functools.partial(Counting, *row) for row in zip(lengths, ends, strict=True)]
+    envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    replay = [rl.Replay(100, (9, 4, 5), 1, 1, torch.device("cpu")) for _ in makers]
+    obs, _ = envs.reset()
+    for i, ring in enumerate(replay):
+        ring.add_frame({key: value[i] for key, value in obs.items()}, torch.zeros(4, 5), first=True)
+    for step in range(20):
+        seen = rl.remember(replay, np.full((3, 1), step, np.float32), *envs.step(np.zeros((3, 1), np.float32)), None)
+        assert seen[0].shape == (3, 9, 4, 5) and seen[1].shape == (3, 3, 4, 5) and seen[2].shape == (3, 1)
+    envs.close()
+    for ring, length, end in zip(replay, lengths, ends, strict=True):
+        assert ring.valid.sum() == 20 and ring.n == 20 + 1 + 20 // length
+        batch = ring.sample(500)
+        assert len(set(batch.action[:, 0].tolist())) == 20
+        t, episode = batch.action[:, 0] % length, batch.action[:, 0] // length
+        assert torch.equal(batch.reward, t + 1) and torch.equal(batch.proprio[:, 0], t) and torch.equal(batch.next_proprio[:, 0], t + 1)
+        assert torch.equal(batch.done, (t == length - 1).float() * (end == "terminated"))
+        for k in range(3):
+            assert torch.equal(batch.obs[:, 3 * k, 0, 0], 8 * episode + (t + k - 2).clamp(min=0))
+            assert torch.equal(batch.next_obs[:, 3 * k, 0, 0], 8 * episode + (t + 1 + k - 2).clamp(min=0))
+    whole = rl.sample(replay, 600)
+    assert whole.obs.shape == (600, 9, 4, 5) and whole.done.shape == (600,)
+    assert 100 < (whole.reward > 3).sum() + (whole.done > 0).sum() < 260  # the second ring ends, the third goes past 3: (1/3 + 2/5) of a third each
+
+
+# ------------------------------------------------------------------------------------------------------------ speed changes nothing
+def test_every_way_to_compute_gives_the_same_losses():
+    """Over 200 batches, from the same weights. fp32: contiguous and channels_last layouts, masks made at replay's entry and when sampled; bf16."""
+    agents = {name: make_agent(precision=name[:4], tau=0.0, **FROZEN) for name in ("fp32", "fp32 contiguous", "bf16")}
+    for name, agent in agents.items():
+        agent.to(memory_format=torch.contiguous_format if "contiguous" in name else torch.channels_last)
+    losses = {name: [] for name in (*agents, "fp32 sampled")}
+    for seed in range(200):
+        batch = make_batch(1, seed=seed)
+        batch.mask, batch.next_mask = (rl.mask_stack(agents["fp32"].masker, stack) for stack in (batch.obs, batch.next_obs))  # together, when sampled
+        losses["fp32 sampled"].append(update(agents["fp32"], batch, seed))
+        for stack, mask in ((batch.obs, batch.mask), (batch.next_obs, batch.next_mask)):  # frame by frame, at entry
+            mask[:] = torch.cat([rl.mask_stack(agents["fp32"].masker, frame) for frame in stack.split(3, 1)], 1)
+        for name, agent in agents.items():
+            losses[name].append(update(agent, batch, seed))
+    for key in ("losses/qf_loss", "losses/actor_loss", "losses/alpha_loss"):
+        expected, contiguous, bf16, sampled = (np.array([row[key] for row in rows]) for rows in losses.values())
+        for got in (contiguous, sampled):
+            np.testing.assert_allclose(got, expected, rtol=2e-4)  # once in a hundred batches of one, one byte of one mask is rounded the other way
+            assert np.isclose(got, expected, rtol=1e-5).mean() > 0.97
+            assert abs(got.sum() - expected.sum()) < 1e-5 * np.abs(expected).sum()
+        assert np.abs(bf16 - expected).mean() < 0.02 * np.abs(expected).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------ maskers

@@ -1,0 +1,224 @@
+"""Where the time goes: one command, one table. Every ratio is of two things timed in turn, in this one run: medians, after a warm-up.
+
+    python benchmarks/speed.py                 walker_walk, batch 128; some five minutes on two cores, most of them for the slow ways
+    python benchmarks/speed.py --no-sam        without the foundation model, whose image encoder takes ten seconds and more a frame on a CPU
+
+The masker and the agent have random weights: how long they take does not depend on what they have learned. Writes <output>/<device>.json.
+"""
+
+import json
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import talas_asymmetric_sac as talas
+from envs import UserError, load_photographs, make_env, set_up_torch
+
+
+@dataclass
+class Args:
+    env: str = "walker_walk"  # the task
+    batch_size: int = 128  # transitions per update
+    encoder: str = "sada"  # as talas_asymmetric_sac.py's
+    repeats: int = 3  # rounds over everything that is compared
+    loop_steps: int = 60  # agent steps of each loop, an update every fourth
+    stored: tuple[int, int] = (1_000, 100_000)  # steps in replay between which the update's time should not grow
+    sam: bool = True  # time segment-anything's ViT-B as well (its package and torchvision; random weights)
+    device: str = "auto"  # cpu, cuda, ... or auto
+    output: str = "results/speed"  # folder of the JSON file
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.is_file() else []
+    return names[0] if names else platform.machine()
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_in_turn(ways: dict[str, Callable[[], object]], device: torch.device, repeats: int, seconds: float = 2.0) -> dict[str, float]:
+    """Median seconds of each way: `repeats` rounds, in each of which every way is run for some `seconds`, and at least three times."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began, n = time.perf_counter(), 0
+            while n < 3 or time.perf_counter() - began < seconds:
+                sync(device)
+                start = time.perf_counter()
+                way()
+                sync(device)
+                taken[name].append(time.perf_counter() - start)
+                n += 1
+    return {name: float(np.median(times)) for name, times in taken.items()}
+
+
+def fill(replay: talas.Replay, steps: int, episode: int = 250) -> None:
+    """Random episodes, as bytes: what is in the frames does not matter here."""
+    rng = np.random.default_rng(0)
+    obs = {"pixels": rng.integers(0, 256, (9, 84, 84), dtype=np.uint8), "proprio": np.zeros(replay.proprio.shape[1], np.float32)}
+    mask, action = torch.from_numpy(rng.integers(0, 256, (84, 84), dtype=np.uint8)), np.zeros(replay.actions.shape[1], np.float32)
+    for step in range(steps):
+        if step % episode == 0:
+            replay.add_frame(obs, mask, first=True)
+        replay.add_step(action, 1.0, False, obs, mask)
+
+
+def time_loop(args: Args, agent: talas.Agent, masker: talas.Masker, replay: talas.Replay, device: torch.device, overlap: bool, render: bool) -> float:
+    """Seconds per agent step of the script's own loop, an update every fourth step; without rendering, the update and the acting alone."""
+    envs = gym.vector.AsyncVectorEnv([partial(make_env, args.env)], context="spawn")
+    obs, _ = envs.reset()
+    seen, began = talas.observe(masker, obs, device), time.perf_counter()
+    for step in range(args.loop_steps + 8):
+        if step == 8:
+            sync(device)
+            began = time.perf_counter()
+        actions = agent.act(*seen, mean=False)
+        if render:
+            envs.step_async(actions)
+        if not overlap and render:
+            obs = envs.step_wait()[0]
+        if step % 4 == 3:
+            agent.update(replay.sample(args.batch_size))
+        if overlap and render:
+            obs = envs.step_wait()[0]
+        seen = talas.observe(masker, obs, device)
+    sync(device)
+    taken = (time.perf_counter() - began) / args.loop_steps
+    envs.close()
+    return taken
+
+
+def time_sam() -> float:
+    """Seconds for one frame's image embedding and one box's mask by segment-anything's ViT-B with random weights, on the CPU."""
+    library = torch.library.Library("torchvision", "DEF")  # torchvision's compiled ops, which it declares on import, are missing beside a CPU torch
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from segment_anything import SamPredictor, sam_model_registry
+
+    predictor, frame = SamPredictor(sam_model_registry["vit_b"]()), np.random.default_rng(0).integers(0, 256, (84, 84, 3), dtype=np.uint8)
+
+    def segment() -> None:
+        predictor.set_image(frame)
+        predictor.predict(box=np.array([20, 20, 60, 60]), multimask_output=False)
+
+    return time_in_turn({"sam": segment}, torch.device("cpu"), 1, 0)["sam"]
+
+
+def main(args: Args) -> None:
+    device, bf16 = set_up_torch(args.device, 0, True)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores"
+    photos = load_photographs(None, 1000, 0).to(device)
+    env = make_env(args.env)
+    env.reset()
+    spaces = (9, len(env.task.proprio()), env.action_space.shape[0])
+    result: dict[str, float | str] = {"device": name, "env": args.env, "batch_size": args.batch_size, "threads": torch.get_num_threads()}
+
+    def build(masked: bool, precision: str, channels_last: bool) -> talas.Agent:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        masker = talas.Masker().requires_grad_(False) if masked else None
+        flags = talas.Args(precision=precision, encoder=args.encoder, masker="student" if masked else "none")
+        return talas.Agent(flags, *spaces, masker, photos).to(device, memory_format=layout)
+
+    replay = talas.Replay(max(args.stored) + max(args.stored) // 250 + 8, (9, 84, 84), spaces[1], spaces[2], device)
+    fill(replay, args.stored[0])
+    fast = "bf16" if bf16 else "fp32"
+    agents = {(m, p, c): build(m, p, c) for m in (True, False) for p in {fast, "fp32"} for c in (True, False)}
+    agent = agents[True, fast, True]
+
+    # ---- the parts of a step
+    masker, one = agent.masker, replay.sample(1)
+    batch = replay.sample(args.batch_size)
+    shown = (one.obs, one.mask, one.proprio)
+    parts = {
+        "physics": lambda: [env.task.step(np.zeros(spaces[2])) for _ in range(env.repeat)],
+        "render": env.render,
+        "mask (one stack)": lambda: talas.mask_stack(masker, one.obs),
+        "act": lambda: agent.act(*shown, mean=False),
+        "sample": lambda: replay.sample(args.batch_size),
+        "update": lambda: agent.update(batch),
+    }
+    result |= {f"step/{key}": value for key, value in time_in_turn(parts, device, args.repeats).items()}
+
+    # ---- the update, each optimisation on and off
+    def at_sampling(which: talas.Agent) -> None:
+        batch = replay.sample(args.batch_size)
+        batch.mask, batch.next_mask = talas.mask_stack(which.masker, batch.obs), talas.mask_stack(which.masker, batch.next_obs)
+        which.update(batch)
+
+    ways = {}
+    for (masked, precision, channels_last), which in agents.items():
+        title = f"{'masked' if masked else 'unmasked'}, {precision}, {'channels_last' if channels_last else 'contiguous'}"
+        ways[title] = lambda which=which: which.update(replay.sample(args.batch_size))
+    ways["masked, fp32, contiguous, masked at sampling"] = lambda: at_sampling(agents[True, "fp32", False])
+    updates = time_in_turn(ways, device, args.repeats)
+    result |= {f"update/{key}": value for key, value in updates.items()}
+
+    # ---- the loop: what of the rendering is hidden behind the update
+    loops: dict[str, list[float]] = {"exact": [], "overlapped": [], "without rendering": []}
+    for _ in range(args.repeats):
+        for key, (overlap, render) in zip(loops, ((False, True), (True, True), (False, False)), strict=True):
+            loops[key].append(time_loop(args, agent, masker, replay, device, overlap, render))
+    result |= {f"loop/{key}": float(np.median(times)) for key, times in loops.items()}
+    exact, overlapped, without = (result[f"loop/{key}"] for key in loops)
+    result["ratio/rendering hidden behind the update"] = (exact - overlapped) / (exact - without)
+
+    # ---- the masker alone, beside the foundation model
+    threads, stack = torch.get_num_threads(), one.obs.cpu()
+    lone = build(True, "fp32", True).cpu().masker
+    for n in dict.fromkeys((1, threads)):
+        torch.set_num_threads(n)
+        key = f"masker/stack of 3 frames, {n} thread{'s' * (n > 1)}"
+        result[key] = time_in_turn({"": lambda: talas.mask_stack(lone, stack)}, torch.device("cpu"), args.repeats)[""]
+    torch.set_num_threads(threads)
+    if args.sam:
+        result["masker/segment-anything ViT-B, 1 frame"] = sam = time_sam()
+        result["ratio/segment-anything over masker, per frame, all threads"] = sam / (result[key] / 3)
+
+    # ---- replay: does the update's time grow with it, and what does it take
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    few = time_in_turn({"": lambda: agent.update(replay.sample(args.batch_size))}, device, args.repeats)[""]
+    fill(replay, args.stored[1] - args.stored[0])
+    many = time_in_turn({"": lambda: agent.update(replay.sample(args.batch_size))}, device, args.repeats)[""]
+    arrays = sum(value.nbytes for value in vars(replay).values() if torch.is_tensor(value))
+    result |= {f"replay/update at {args.stored[0]:,} steps": few, f"replay/update at {args.stored[1]:,} steps": many}
+    result |= {"replay/GB per 100,000 steps": arrays / max(args.stored) * 1e5 / 1e9, "replay/GB resident beside it": resident / 1e9}
+
+    base = updates[f"masked, {fast}, channels_last"]
+    for title in ("unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"):
+        result[f"ratio/update {title}, over the default"] = updates[title] / base
+    result["ratio/update at the fuller replay over the emptier"] = many / few
+
+    print(f"\n{name}; {args.env}, batch {args.batch_size}, {threads} threads, bf16 {'on' if bf16 else 'off'}\n")
+    for key, value in ((key, value) for key, value in result.items() if isinstance(value, float)):
+        print(f"{key:<72}" + (f"{value:10.3f}" if key.startswith(("ratio", "replay/GB")) else f"{value * 1e3:10.2f} ms"))
+    path = Path(args.output) / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2))
+    print(f"written: {path}")
+    env.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")

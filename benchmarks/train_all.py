@@ -1,0 +1,129 @@
+"""Train tasks × variants × seeds side by side on one machine, within limits of processes and memory, and collect their figures in one table.
+
+    python benchmarks/train_all.py --envs walker_walk walker_stand --seeds 1 2 --variants talas sada --jobs 4 --flags "--total-timesteps 100000"
+
+Each masker is made first, once. What has finished is not run again: start the same command after an interruption. A run that fails is reported,
+and the others go on. Logs, one a run, go to runs/train_all/; the table, from every run's metrics.json, to <output>.
+"""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import talas_asymmetric_sac as talas
+from envs import UserError, resolve_env_id
+
+ROOT = Path(__file__).parents[1]
+VARIANTS = {  # the README's ablations
+    "talas": "",
+    "talas_mix": "--augmentation mix",
+    "symmetric": "--actor-judge own",
+    "teacher": "--masker teacher",
+    "figure2": "--clean-masker teacher",
+    "sada": "--masker none",
+    "svea": "--masker none --actor-views clean",
+    "sac": "--masker none --actor-views clean --critic-views clean",
+}
+
+
+@dataclass
+class Args:
+    envs: tuple[str, ...]
+    """tasks"""
+    seeds: tuple[int, ...] = (1,)  # a run for each task and variant
+    variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, teacher, figure2, sada, svea, sac: README's ablations
+    flags: str = ""  # what every run is given besides, as one string; --total-timesteps, --replay-size, ...
+    jobs: int = 2  # runs at a time; each gets an equal share of the cores
+    memory: float = 20.0  # GB that all runs may take together
+    memory_per_run: float = 4.0  # GB that one is expected to take: 1.5 and what its first line says of its replay
+    output: str = "results/train_all.csv"  # the table
+
+
+def finished(flags: list[str]) -> Path | None:
+    """The metrics.json of a run that was given these flags and came to its end."""
+    asked = json.loads(json.dumps(asdict(tyro.cli(talas.Args, args=flags)) | {"precision": None}))  # auto becomes what it stands for
+    for metrics in sorted(Path("runs").glob(f"{asked['env']}__{asked['exp_name']}__{asked['seed']}__*/metrics.json")):
+        if json.loads((metrics.parent / "args.json").read_text()) | {"precision": None} == asked:
+            return metrics
+    return None
+
+
+def make_maskers(args: Args, environment: dict[str, str]) -> None:
+    """Phases I and II for each task that has no student yet, all cores for one at a time."""
+    for env_id in args.envs:
+        for script, result in (("talas_phase1.py", "teacher.pt"), ("talas_phase2.py", "student.pt")):
+            if any("--masker none" not in VARIANTS[v] for v in args.variants) and not Path(f"runs/maskers/{env_id}/{result}").is_file():
+                print(f"$ python {script} --env {env_id}", flush=True)
+                if subprocess.run([sys.executable, ROOT / script, "--env", env_id], env=environment).returncode:
+                    raise UserError(f"{script} --env {env_id} failed (see above)")
+
+
+def main(args: Args) -> None:
+    unknown = set(args.variants) - VARIANTS.keys()
+    if unknown or args.jobs < 1 or args.memory < args.memory_per_run:
+        raise UserError(f"unknown --variants {', '.join(unknown)}" if unknown else "--jobs: at least 1; --memory: at least --memory-per-run")
+    args.envs = tuple(resolve_env_id(env_id) for env_id in args.envs)
+    make_maskers(args, dict(os.environ))
+    logs = Path("runs/train_all")
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, rows, failed = [], [], []
+    for env_id, variant, seed in ((e, v, s) for s in args.seeds for e in args.envs for v in args.variants):
+        flags = [f"--env={env_id}", f"--seed={seed}", f"--exp-name={variant}", *shlex.split(VARIANTS[variant]), *shlex.split(args.flags)]
+        name = f"{env_id}__{variant}__{seed}"
+        if finished(flags):
+            print(f"{name}: finished before")
+        else:
+            waiting.append((name, flags))
+        rows.append((env_id, variant, seed, flags))
+
+    at_once = min(args.jobs, int(args.memory / args.memory_per_run))
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once))}
+    running: dict[str, subprocess.Popen] = {}
+    bar = tqdm(total=len(waiting), unit="run")
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name, flags = waiting.pop(0)
+                command = [sys.executable, str(ROOT / "talas_asymmetric_sac.py"), *flags]
+                with (logs / f"{name}.log").open("w") as log:
+                    running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            time.sleep(1)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    bar.update()
+                    if process.returncode:
+                        failed.append(name)
+                        bar.write(f"{name}: failed with exit code {process.returncode}; see {logs}/{name}.log")
+    finally:
+        for process in running.values():
+            process.terminate()
+        bar.close()
+
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    with Path(args.output).open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["env", "variant", "seed", "figure", "value"])
+        for env_id, variant, seed, flags in rows:
+            if metrics := finished(flags):
+                writer.writerows([env_id, variant, seed, key, f"{value:.5g}"] for key, value in json.loads(metrics.read_text()).items())
+    print(f"written: {args.output}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(rows)} runs failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")
