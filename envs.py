@@ -73,7 +73,11 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
         for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)):  # mmap only from 1 GB, never trim, grow by 64 MB
             ctypes.CDLL(None).mallopt(option, value)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: costs a tenth of the time, and all of replay's memory at once
-    return device, device.type == "cuda" or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device, device.type == "cuda" or cpu_has_bf16()
+
+
+def cpu_has_bf16() -> bool:
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks

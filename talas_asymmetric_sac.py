@@ -43,7 +43,7 @@ from filelock import FileLock
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, Setting, UserError, augment, load_photographs, make_env, mask_iou, resolve_env_id, set_up_torch
+from envs import Augmentation, Setting, UserError, augment, cpu_has_bf16, load_photographs, make_env, mask_iou, resolve_env_id, set_up_torch
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs with bf16 instructions, where it is several times faster"""
-    num_envs: int = 1  # environments, a process each; an agent step is one action in one of them, and updates keep their number per agent step
+    num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True
     """simulate and render the next frame while the update runs, on a replay that lacks it; --no-overlap: one after the other, the textbook's order"""
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
@@ -147,7 +147,8 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             begun = (folder / "teacher.pt").is_file() and (folder / "frames.npz").is_file()  # perhaps by hand, with a prompt of one's own
-            for script in () if path.is_file() else ("talas_phase2.py",) if begun else ("talas_phase1.py", "talas_phase2.py"):
+            scripts = ("talas_phase1.py",) * (not begun) + ("talas_phase2.py",) * (which == "student")
+            for script in () if path.is_file() else scripts:
                 names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if script == "talas_phase1.py" else ())
                 flags = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name))]
                 print(f"$ python {script} {' '.join(flags)}", flush=True)
@@ -164,7 +165,7 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
         raise UserError(f"{path}: not a masker ({type(error).__name__})") from None
     if made_for != args.env or size != 84:
         raise UserError(f"{path} was made for {made_for} at {size} pixels, not for {args.env} at 84")
-    return masker.requires_grad_(False).to(device, memory_format=torch.channels_last), prompt
+    return masker.requires_grad_(False).to(device, torch.bfloat16 if args.precision == "bf16" else None, memory_format=torch.channels_last), prompt
 
 
 def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
@@ -305,7 +306,7 @@ class Agent(nn.Module):
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
-        self.masker = masker and masker.to(self.dtype)  # the deployed one, frozen: cast once
+        self.masker = masker  # the deployed one, frozen
 
     def autocast(self) -> torch.autocast:
         """bf16 where asked for. Without the cache of cast weights: the actor would be judged by the critic from before its step."""
@@ -349,29 +350,30 @@ class Agent(nn.Module):
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One step of critic and encoder, actor, temperature and target. Returns metrics, still on the device."""
         args = self.args
+        with self.autocast(), torch.no_grad():
+            clean, augmented = self.views(batch.obs, batch.mask)
+            next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=args.shift), self.dtype)  # a shift of its own
+            target_q = self.target_q(self.encoder(next_clean), batch)
         with self.autocast():
-            with torch.no_grad():
-                clean, augmented = self.views(batch.obs, batch.mask)
-                next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=args.shift), self.dtype)  # a shift of its own
-                target_q = self.target_q(self.encoder(next_clean), batch)
             pixels = clean if augmented is None else torch.cat([clean, augmented])
             z = list(self.encoder(pixels).split(len(clean)))  # z_c, z_a in one pass
             critic_loss, q = self.critic_loss(z if args.critic_views == "both" else z[:1], batch, target_q)
-            self.critic_optimizer.zero_grad()
-            critic_loss.backward()
-            self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic_optimizer.step()
 
-            # The actor learns on the embeddings from before the encoder's step, detached: f is the critic's alone.
-            z = [view.detach() for view in (z if args.actor_views == "both" else z[:1])]
+        # The actor learns on the embeddings from before the encoder's step, detached: f is the critic's alone.
+        z = [view.detach() for view in (z if args.actor_views == "both" else z[:1])]
+        with self.autocast():
             actor_loss, log_prob = self.actor_loss(z, batch.proprio)
-            self.actor_optimizer.zero_grad()
-            actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic judges here, and does not learn
-            self.actor_optimizer.step()
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic judges here, and does not learn
+        self.actor_optimizer.step()
 
-            alpha_loss = self.alpha_loss(log_prob)
-            self.alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            self.alpha_optimizer.step()
+        alpha_loss = self.alpha_loss(log_prob)
+        self.alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.alpha_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
         metrics = {"qf_loss": critic_loss, "qf_values": q.mean(), "actor_loss": actor_loss, "alpha_loss": alpha_loss}
@@ -471,11 +473,10 @@ def remember(replay: list[Replay], actions, obs, rewards, terminated, truncated,
     return seen
 
 
-def memory_line(size: int, device: torch.device) -> str:
-    """What replay will come to take, and whether that is there."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    fits = "" if size < free else ": more than there is, so give a smaller --replay-size"
-    return f"replay: at most {size / 1e9:.1f} GB, as it fills, of {free / 1e9:.1f} GB free on {device}{fits}"
+def free_memory() -> float:
+    """GB that can be had without swapping, where Linux tells it."""
+    path = Path("/proc/meminfo")
+    return int(path.read_text().split("MemAvailable:")[1].split()[0]) * 1024 / 1e9 if path.is_file() else math.inf
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
@@ -511,7 +512,7 @@ load_checkpoint_once, make_env_once = lru_cache(1)(load_checkpoint), lru_cache(m
 def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float, list[list[float]], list[np.ndarray]]:
     """One episode of the mean policy of the agent in `path`, on the CPU: the return; whether it was a success (NaN: cannot be said); IoU, without
     and with a pixel of tolerance, of its masks with the simulator's at every fifth step; and of episode 0 the film, as (84, 252, 3) uint8."""
-    (setting, episode), (agent, checkpoint) = job, load_checkpoint_once(path, args.precision)
+    (setting, episode), (agent, checkpoint) = job, load_checkpoint_once(path, args.precision if cpu_has_bf16() else "fp32")
     env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))
     obs, info = env.reset(options={"episode": episode})
     total, ious, film, step, done = 0.0, [], [], 0, False
@@ -544,9 +545,9 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
         totals, successes, ious, films = zip(*played[i * episodes : (i + 1) * episodes], strict=True)
         mean, std, success, name = np.mean(totals), np.std(totals), np.mean(successes), "clean" if setting == "train" else setting
         iou = np.concatenate(ious).mean(0) if ious[0] else np.full(2, math.nan)
-        row = {f"eval/{setting}/return_mean": mean, f"eval/{setting}/return_std": std, f"eval/{setting}/episodes": episodes}
-        row |= {f"eval/{setting}/success_rate": success, f"iou/{name}": iou[0], f"iou_1px/{name}": iou[1]}
-        figures |= {key: float(value) for key, value in row.items() if not np.isnan(value)}
+        figures |= {f"eval/{setting}/return_mean": float(mean), f"eval/{setting}/return_std": float(std), f"eval/{setting}/episodes": episodes}
+        optional = {f"eval/{setting}/success_rate": success, f"iou/{name}": iou[0], f"iou_1px/{name}": iou[1]}
+        figures |= {key: float(value) for key, value in optional.items() if not np.isnan(value)}
         table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{iou[0]:10.3f}{success:9.0%}".replace("nan%", "–").replace("nan", "–")
         if folder:
             with imageio.get_writer(folder / f"{setting}.mp4", fps=25, macro_block_size=None) as writer:
@@ -560,20 +561,22 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args) -> None:
     if args.evaluate:  # the agent's own arguments, but for what this evaluation was asked for
-        asked = {key: getattr(args, key) for key in ("evaluate", "eval_settings", "eval_episodes", "distractors", "device", "precision")}
-        checkpoint = load_checkpoint(Path(args.evaluate))[1]
-        args = replace(checkpoint["args"], **asked)
+        checkpoint, keys = load_checkpoint(Path(args.evaluate))[1], ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision")
+        args = replace(checkpoint["args"], **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
     args.env = resolve_env_id(args.env)
     if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
         raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
-    if min(args.total_timesteps, args.batch_size, args.eval_every, args.replay_size // 100) < 1:
-        raise UserError("--total-timesteps, --batch-size and --eval-every have to be at least 1, --replay-size at least 100")
+    counts = (args.total_timesteps, args.batch_size, args.eval_every, args.eval_episodes or 1, args.num_envs)
+    if min(counts) < 1 or args.replay_size < 100 * args.num_envs:
+        raise UserError("--total-timesteps, --batch-size, --eval-... and --num-envs: at least 1; --replay-size: at least 100 per environment")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases: pip install wandb")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
-    for setting in settings:  # better an error now than after the training
-        make_env(args.env, setting, args.seed, **env_options(args)).close()
+    for setting in dict.fromkeys((*settings, "train")):  # better an error now than after the training
+        env = make_env(args.env, setting, args.seed, **env_options(args))
+        env.reset()
+        env.close()
     device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
     if args.precision == "auto":
         args.precision = "bf16" if bf16 else "fp32"
@@ -582,12 +585,13 @@ def main(args: Args) -> None:
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if args.evaluate else ''}")
     if args.evaluate:
         run.mkdir(parents=True)
+        (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
         figures = evaluate(Path(args.evaluate), args, settings, args.eval_episodes or 10, run)
         (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))
         print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
         return
 
-    env = make_env(args.env, "train", args.seed, **env_options(args))  # to ask; the ones that are played run in processes of their own
+    args.total_timesteps = -(-args.total_timesteps // args.num_envs) * args.num_envs  # whole steps of all environments
     pixels, proprio = (env.observation_space[key].shape for key in ("pixels", "proprio"))
     spaces = (pixels[0], proprio[0], env.action_space.shape[0])
     episodes = args.eval_episodes or max(1, min(10, args.total_timesteps // (2 * env.episode_steps)))
@@ -602,8 +606,9 @@ def main(args: Args) -> None:
     agent = Agent(args, *spaces, masker, photos).to(device)
     capacity = min(args.replay_size, args.total_timesteps + args.total_timesteps // env.episode_steps + 8 * args.num_envs) // args.num_envs
     replay = [Replay(capacity, pixels, proprio[0], spaces[2], device) for _ in range(args.num_envs)]
-    print(memory_line(capacity * args.num_envs * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 17), device))
-    learning_starts = min(args.learning_starts, 4 * args.total_timesteps // 5)
+    size, free = sum(t.nbytes for ring in replay for t in vars(ring).values() if torch.is_tensor(t)) / 1e9, free_memory()
+    print(f"replay: at most {size:.1f} GB, as it fills, of {free:.1f} GB free" + (": too much; give a smaller --replay-size" if size > free else ""))
+    learning_starts = max(args.num_envs, min(args.learning_starts, 4 * args.total_timesteps // 5))
 
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -615,7 +620,7 @@ def main(args: Args) -> None:
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
     returns_file, evaluations_file = ((run / name).open("w", newline="", buffering=1) for name in ("returns.csv", "evaluations.csv"))
     returns, evaluations = csv.writer(returns_file), csv.writer(evaluations_file)
-    returns.writerow(["step", "episode", "return", "length", "success", "seconds"])
+    returns.writerow(["step", "episode", "return", "length", "success", "seconds", "env"])
     evaluations.writerow(["step", "figure", "value"])
 
     def report(step: int, folder: Path | None) -> dict[str, float]:
@@ -640,7 +645,7 @@ def main(args: Args) -> None:
     # ---- the loop
     seeds = [args.seed + 100_000 * i for i in range(args.num_envs)]
     makers = [partial(make_env, args.env, "train", seed, **env_options(args)) for seed in seeds]
-    # SAME_STEP: an ended episode's last observation comes in `info`, beside the next one's first. Gymnasium's default would make of it a step.
+    # SAME_STEP: an ended episode's last observation comes in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
     envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     envs.action_space.seed(args.seed)
     obs, _ = envs.reset()
@@ -657,7 +662,7 @@ def main(args: Args) -> None:
         while updates < int(args.updates_per_step * (step - learning_starts)):
             metrics = agent.update(sample(replay, args.batch_size))
             updates += 1
-            if updates % 100 == 1:  # only now is anything fetched from the device
+            if updates % 100 == 1:  # metrics stay on the device until now
                 for key, value in metrics.items():
                     writer.add_scalar(key, value.item(), step)
                 writer.add_scalar("charts/SPS", step / (time.time() - started - evaluation_seconds), step)
@@ -673,7 +678,7 @@ def main(args: Args) -> None:
         totals, lengths = totals + rewards, lengths + 1
         for i in np.flatnonzero(terminated | truncated):
             success = info["final_info"].get("episode_success", [""] * args.num_envs)[i]
-            returns.writerow([step, info["episode"][i] - 1, f"{totals[i]:.3f}", lengths[i], success, f"{time.time() - started:.1f}"])
+            returns.writerow([step, info["episode"][i] - 1, f"{totals[i]:.3f}", lengths[i], success, f"{time.time() - started:.1f}", i])
             writer.add_scalar("charts/episodic_return", totals[i], step)
             writer.add_scalar("charts/episodic_length", lengths[i], step)
             history.append(totals[i])

@@ -73,7 +73,7 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
     env.action_space.seed(seed)
     obs, _ = env.reset()
     agent = talas.Agent(talas.Args(precision="fp32", **given), 9, len(obs["proprio"]), 1, None, None)
-    replay = talas.Replay(args.steps + args.steps // 125 + 8, obs, 1, device)
+    replay = talas.Replay(args.steps + args.steps // 125 + 8, obs["pixels"].shape, len(obs["proprio"]), 1, device)
     pixel = torch.zeros(1, 1, dtype=torch.uint8)
     replay.add_frame(obs, pixel, first=True)
     episodes, total = [], 0.0

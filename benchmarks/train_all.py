@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -43,9 +44,9 @@ class Args:
     seeds: tuple[int, ...] = (1,)  # a run for each task and variant
     variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, teacher, figure2, sada, svea, sac: README's ablations
     flags: str = ""  # what every run is given besides, as one string; --total-timesteps, --replay-size, ...
-    jobs: int = 2  # runs at a time; each gets an equal share of the cores
+    jobs: int = 2  # runs at a time; each computes with an equal share of the cores, but for its evaluations
     memory: float = 20.0  # GB that all runs may take together
-    memory_per_run: float = 4.0  # GB that one is expected to take: 1.5 and what its first line says of its replay
+    memory_per_run: float = 4.0  # GB that one is expected to take: its replay, see its first line, 1.5, and 0.5 a core while it evaluates
     output: str = "results/train_all.csv"  # the table
 
 
@@ -53,19 +54,9 @@ def finished(flags: list[str]) -> Path | None:
     """The metrics.json of a run that was given these flags and came to its end."""
     asked = json.loads(json.dumps(asdict(tyro.cli(talas.Args, args=flags)) | {"precision": None}))  # auto becomes what it stands for
     for metrics in sorted(Path("runs").glob(f"{asked['env']}__{asked['exp_name']}__{asked['seed']}__*/metrics.json")):
-        if json.loads((metrics.parent / "args.json").read_text()) | {"precision": None} == asked:
+        if not metrics.parent.name.endswith("__evaluate") and json.loads((metrics.parent / "args.json").read_text()) | {"precision": None} == asked:
             return metrics
     return None
-
-
-def make_maskers(args: Args, environment: dict[str, str]) -> None:
-    """Phases I and II for each task that has no student yet, all cores for one at a time."""
-    for env_id in args.envs:
-        for script, result in (("talas_phase1.py", "teacher.pt"), ("talas_phase2.py", "student.pt")):
-            if any("--masker none" not in VARIANTS[v] for v in args.variants) and not Path(f"runs/maskers/{env_id}/{result}").is_file():
-                print(f"$ python {script} --env {env_id}", flush=True)
-                if subprocess.run([sys.executable, ROOT / script, "--env", env_id], env=environment).returncode:
-                    raise UserError(f"{script} --env {env_id} failed (see above)")
 
 
 def main(args: Args) -> None:
@@ -73,12 +64,14 @@ def main(args: Args) -> None:
     if unknown or args.jobs < 1 or args.memory < args.memory_per_run:
         raise UserError(f"unknown --variants {', '.join(unknown)}" if unknown else "--jobs: at least 1; --memory: at least --memory-per-run")
     args.envs = tuple(resolve_env_id(env_id) for env_id in args.envs)
-    make_maskers(args, dict(os.environ))
     logs = Path("runs/train_all")
     logs.mkdir(parents=True, exist_ok=True)
     waiting, rows, failed = [], [], []
     for env_id, variant, seed in ((e, v, s) for s in args.seeds for e in args.envs for v in args.variants):
         flags = [f"--env={env_id}", f"--seed={seed}", f"--exp-name={variant}", *shlex.split(VARIANTS[variant]), *shlex.split(args.flags)]
+        run = tyro.cli(talas.Args, args=flags)
+        for masker in {run.masker, run.clean_masker or run.masker} - {"none"}:
+            talas.find_masker(run, masker, torch.device("cpu"))  # one after the other, with all cores; here only to have them
         name = f"{env_id}__{variant}__{seed}"
         if finished(flags):
             print(f"{name}: finished before")

@@ -199,6 +199,17 @@ def test_one_seed_is_one_run(trained, tmp_path):
     assert not (tmp_path / "runs/maskers").exists()  # --masker-path was given
 
 
+def test_several_environments_in_the_textbooks_order(tmp_path):
+    """Whole steps of all of them, an update per agent step, and every environment's episodes in the table."""
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--num-envs=2", "--no-overlap"]
+    run(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--total-timesteps=41", *args, cwd=tmp_path)
+    folder = only(tmp_path, "runs/*")
+    figures, rows = metrics(folder), returns(folder)
+    assert (figures["train/steps"], figures["train/updates"]) == (42, 42 - 33)
+    assert [(row["step"], row["env"], row["length"]) for row in rows] == [("40", "0", "20"), ("40", "1", "20")]
+    assert rows[0]["return"] != rows[1]["return"]
+
+
 def test_without_masker(tmp_path):
     """SAC with random shift: no masker is made, nothing is masked."""
     args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "procedural", "--precision=fp32"]
@@ -285,6 +296,22 @@ def test_evaluation_plays_every_episode_once(tmp_path):
         assert figures[f"eval/{setting}/return_std"] == pytest.approx(np.std(totals), rel=1e-2)
         assert figures[f"eval/{setting}/episodes"] == 3 and figures[f"eval/{setting}/success_rate"] == 0
     assert not [key for key in figures if key.startswith("iou")]  # of no masker
+
+
+def test_train_all_runs_what_is_not_finished(tmp_path):
+    """One table of all runs' figures; a second call runs nothing again; a run that fails is named."""
+    flags = " ".join([*SMALL, "--action-repeat=50", "--eval-settings train"])
+    args = ["--envs", "cartpole_swingup", "--variants", "sac", "--output=table.csv", f"--flags={flags}"]
+    run("benchmarks/train_all", *args, cwd=tmp_path)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = metrics(only(tmp_path, "runs/cartpole_swingup__sac__1__*"))
+    assert {row["figure"]: float(row["value"]) for row in rows} == pytest.approx(expected, rel=1e-3)
+    assert {(row["env"], row["variant"], row["seed"]) for row in rows} == {("cartpole_swingup", "sac", "1")}
+    out, err = finish(start("benchmarks/train_all", *args, "--seeds", "1", "-1", cwd=tmp_path), 1)
+    assert "cartpole_swingup__sac__1: finished before" in out
+    assert "1 of 2 runs failed: cartpole_swingup__sac__-1" in err and "Traceback" not in err
+    only(tmp_path, "runs/cartpole_swingup__sac__1__*")
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
