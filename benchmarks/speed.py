@@ -1,4 +1,4 @@
-"""Where the time goes: one command, one table. Every ratio is of two things timed in turn, in this one run: medians, after a warm-up.
+"""Where the time goes: one command, one table. Medians, after a warm-up; what is compared within the update and the loop is timed in turn.
 
     python benchmarks/speed.py                 walker_walk, batch 128; some five minutes on two cores, most of them for the slow ways
     python benchmarks/speed.py --no-sam        without the foundation model, whose image encoder takes ten seconds and more a frame on a CPU
@@ -83,7 +83,7 @@ def fill(replay: talas.Replay, steps: int, episode: int = 250) -> None:
 
 
 def time_loop(args: Args, agent: talas.Agent, masker: talas.Masker, replay: talas.Replay, device: torch.device, overlap: bool, render: bool) -> float:
-    """Seconds per agent step of the script's own loop, an update every fourth step; without rendering, the update and the acting alone."""
+    """Seconds per agent step of a loop like the script's, with an update every fourth step; without rendering, the update and the acting alone."""
     envs = gym.vector.AsyncVectorEnv([partial(make_env, args.env)], context="spawn")
     obs, _ = envs.reset()
     seen, began = talas.observe(masker, obs, device), time.perf_counter()
@@ -200,7 +200,10 @@ def main(args: Args) -> None:
     many = time_in_turn({"": lambda: agent.update(replay.sample(args.batch_size))}, device, args.repeats)[""]
     arrays = sum(value.nbytes for value in vars(replay).values() if torch.is_tensor(value))
     result |= {f"replay/update at {args.stored[0]:,} steps": few, f"replay/update at {args.stored[1]:,} steps": many}
-    result |= {"replay/GB per 100,000 steps": arrays / max(args.stored) * 1e5 / 1e9, "replay/GB resident beside it": resident / 1e9}
+    result |= {
+        "replay/GB per 100,000 steps": arrays / max(args.stored) * 1e5 / 1e9,
+        "replay/GB of the process, with the emptier replay": resident / 1e9,
+    }
 
     base = updates[f"masked, {fast}, channels_last"]
     for title in ("unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"):
