@@ -618,8 +618,7 @@ def main(args: Args) -> None:
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, config=asdict(args), name=run.name, dir=run)
     writer = SummaryWriter(run)
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
-    returns_file, evaluations_file = ((run / name).open("w", newline="", buffering=1) for name in ("returns.csv", "evaluations.csv"))
-    returns, evaluations = csv.writer(returns_file), csv.writer(evaluations_file)
+    returns, evaluations = (csv.writer((run / name).open("w", newline="", buffering=1)) for name in ("returns.csv", "evaluations.csv"))
     returns.writerow(["step", "episode", "return", "length", "success", "seconds", "env"])
     evaluations.writerow(["step", "figure", "value"])
 
@@ -636,15 +635,11 @@ def main(args: Args) -> None:
             evaluations.writerow([step, key, f"{value:.4f}"])
         return figures
 
-    print(
-        f"TaLaS on {args.env}: {args.total_timesteps:,} agent steps × action repeat {env.repeat} = {args.total_timesteps * env.repeat:,} frames; "
-        f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}",
-        flush=True,
-    )
+    print(f"TaLaS on {args.env}: {args.total_timesteps:,} agent steps × repeat {env.repeat} = {args.total_timesteps * env.repeat:,} frames; masker")
+    print(f"{args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}", flush=True)
 
     # ---- the loop
-    seeds = [args.seed + 100_000 * i for i in range(args.num_envs)]
-    makers = [partial(make_env, args.env, "train", seed, **env_options(args)) for seed in seeds]
+    makers = [partial(make_env, args.env, "train", args.seed + 100_000 * i, **env_options(args)) for i in range(args.num_envs)]
     # SAME_STEP: an ended episode's last observation comes in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
     envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     envs.action_space.seed(args.seed)
@@ -697,8 +692,7 @@ def main(args: Args) -> None:
 
     # ---- the end: the table, the films, the figures
     figures = report(step, run)
-    for file in (writer, returns_file, evaluations_file):
-        file.close()
+    writer.close()
     figures |= {"train/steps": step, "train/updates": updates, "train/seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
     films = ", ".join(f"{setting}.mp4" for setting in settings)

@@ -288,8 +288,10 @@ def collect(args: Args, prompt: str, counts: dict[Kind, int], settings: tuple[Se
 # ------------------------------------------------------------------------------------------------------------ the report
 @torch.no_grad()
 def predict(masker: Masker, frames: np.ndarray, device: torch.device) -> np.ndarray:
-    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches."""
-    return np.concatenate([masker(torch.from_numpy(frames[i : i + 100]).to(device)).sigmoid().cpu().numpy() for i in range(0, len(frames), 100)])
+    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches, in the precision of the training."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or envs.cpu_has_bf16()):
+        parts = [masker(torch.from_numpy(frames[i : i + 100]).to(device)) for i in range(0, len(frames), 100)]
+    return torch.cat(parts).float().sigmoid().cpu().numpy()
 
 
 def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, sheet: Path) -> dict[str, float]:

@@ -28,7 +28,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, UserError, augment, load_photographs, mask_iou, resolve_env_id, set_up_torch, task_row
+from envs import Augmentation, UserError, augment, cpu_has_bf16, load_photographs, mask_iou, resolve_env_id, set_up_torch, task_row
 
 
 @dataclass
@@ -111,8 +111,10 @@ def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
 # ------------------------------------------------------------------------------------------------------------ the report
 @torch.no_grad()
 def predict(masker: Masker, frames: np.ndarray, device: torch.device) -> np.ndarray:
-    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches."""
-    return np.concatenate([masker(torch.from_numpy(frames[i : i + 100]).to(device)).sigmoid().cpu().numpy() for i in range(0, len(frames), 100)])
+    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches, in the precision of the training."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or cpu_has_bf16()):
+        parts = [masker(torch.from_numpy(frames[i : i + 100]).to(device)) for i in range(0, len(frames), 100)]
+    return torch.cat(parts).float().sigmoid().cpu().numpy()
 
 
 def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, sheet: Path) -> dict[str, float]:
