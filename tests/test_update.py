@@ -648,7 +648,8 @@ def test_every_way_to_compute_gives_the_same_losses():
             np.testing.assert_allclose(got, expected, rtol=5e-4, atol=1e-5 * size)
             assert np.isclose(got, expected, rtol=1e-5, atol=1e-5 * size).mean() > 0.9
             assert abs(got.sum() - expected.sum()) < 1e-5 * np.abs(expected).sum()
-        assert np.abs(bf16 - expected).mean() < 0.02 * size
+        assert np.abs(bf16 - expected).mean() < 0.05 * size  # of one sample; of all two hundred as one batch 2%:
+        assert abs(bf16.mean() - expected.mean()) < 0.02 * size
 
 
 # ------------------------------------------------------------------------------------------------------------ maskers
