@@ -591,10 +591,10 @@ def main(args: Args) -> None:
         print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
         return
 
-    args.total_timesteps = -(-args.total_timesteps // args.num_envs) * args.num_envs  # whole steps of all environments
+    total_steps = -(-args.total_timesteps // args.num_envs) * args.num_envs  # whole steps of all environments; args stay as they were given
     pixels, proprio = (env.observation_space[key].shape for key in ("pixels", "proprio"))
     spaces = (pixels[0], proprio[0], env.action_space.shape[0])
-    episodes = args.eval_episodes or max(1, min(10, args.total_timesteps // (2 * env.episode_steps)))
+    episodes = args.eval_episodes or max(1, min(10, total_steps // (2 * env.episode_steps)))
 
     # ---- the frozen maskers, the photographs, the agent
     masker, clean_masker, prompt = None, None, None
@@ -604,11 +604,11 @@ def main(args: Args) -> None:
     two_views = "both" in (args.critic_views, args.actor_views)
     photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if two_views else None
     agent = Agent(args, *spaces, masker, photos).to(device)
-    capacity = min(args.replay_size, args.total_timesteps + args.total_timesteps // env.episode_steps + 8 * args.num_envs) // args.num_envs
+    capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs) // args.num_envs
     replay = [Replay(capacity, pixels, proprio[0], spaces[2], device) for _ in range(args.num_envs)]
     size, free = sum(t.nbytes for ring in replay for t in vars(ring).values() if torch.is_tensor(t)) / 1e9, free_memory()
     print(f"replay: at most {size:.1f} GB, as it fills, of {free:.1f} GB free" + (": too much; give a smaller --replay-size" if size > free else ""))
-    learning_starts = max(args.num_envs, min(args.learning_starts, 4 * args.total_timesteps // 5))
+    learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
 
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -635,7 +635,7 @@ def main(args: Args) -> None:
             evaluations.writerow([step, key, f"{value:.4f}"])
         return figures
 
-    print(f"TaLaS on {args.env}: {args.total_timesteps:,} agent steps × repeat {env.repeat} = {args.total_timesteps * env.repeat:,} frames; masker")
+    print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} frames; masker")
     print(f"{args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}", flush=True)
 
     # ---- the loop
@@ -649,7 +649,7 @@ def main(args: Args) -> None:
         ring.add_frame({key: value[i] for key, value in obs.items()}, seen[1][i, -1], first=True)
     started, step, updates, evaluation_seconds = time.time(), 0, 0, 0.0
     totals, lengths, history = np.zeros(args.num_envs), np.zeros(args.num_envs, int), deque(maxlen=10)
-    bar = tqdm(total=args.total_timesteps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=total_steps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
 
     def learn() -> None:
         """The updates that are due after `step` agent steps."""
@@ -662,7 +662,7 @@ def main(args: Args) -> None:
                     writer.add_scalar(key, value.item(), step)
                 writer.add_scalar("charts/SPS", step / (time.time() - started - evaluation_seconds), step)
 
-    while step < args.total_timesteps:
+    while step < total_steps:
         actions = envs.action_space.sample() if step < learning_starts else agent.act(*seen, mean=False)
         envs.step_async(actions)
         step += args.num_envs
@@ -681,7 +681,7 @@ def main(args: Args) -> None:
             totals[i], lengths[i] = 0, 0
         if not args.overlap:
             learn()
-        if step % args.eval_every < args.num_envs and step < args.total_timesteps:
+        if step % args.eval_every < args.num_envs and step < total_steps:
             before = time.time()
             figures = report(step, None)
             bar.write(f"step {step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))

@@ -50,9 +50,9 @@ class Args:
     output: str = "results/train_all.csv"  # the table
 
 
-def finished(flags: list[str]) -> Path | None:
-    """The metrics.json of a run that was given these flags and came to its end."""
-    asked = json.loads(json.dumps(asdict(tyro.cli(talas.Args, args=flags)) | {"precision": None}))  # auto becomes what it stands for
+def finished(run: talas.Args) -> Path | None:
+    """The metrics.json of a run that was given these arguments and came to its end."""
+    asked = json.loads(json.dumps(asdict(run) | {"precision": None}))  # auto becomes what it stands for
     for metrics in sorted(Path("runs").glob(f"{asked['env']}__{asked['exp_name']}__{asked['seed']}__*/metrics.json")):
         if not metrics.parent.name.endswith("__evaluate") and json.loads((metrics.parent / "args.json").read_text()) | {"precision": None} == asked:
             return metrics
@@ -73,11 +73,11 @@ def main(args: Args) -> None:
         for masker in {run.masker, run.clean_masker or run.masker} - {"none"}:
             talas.find_masker(run, masker, torch.device("cpu"))  # one after the other, with all cores; here only to have them
         name = f"{env_id}__{variant}__{seed}"
-        if finished(flags):
+        if finished(run):
             print(f"{name}: finished before")
         else:
             waiting.append((name, flags))
-        rows.append((env_id, variant, seed, flags))
+        rows.append((env_id, variant, seed, run))
 
     at_once = min(args.jobs, int(args.memory / args.memory_per_run))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once))}
@@ -107,8 +107,8 @@ def main(args: Args) -> None:
     with Path(args.output).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["env", "variant", "seed", "figure", "value"])
-        for env_id, variant, seed, flags in rows:
-            if metrics := finished(flags):
+        for env_id, variant, seed, run in rows:
+            if metrics := finished(run):
                 writer.writerows([env_id, variant, seed, key, f"{value:.5g}"] for key, value in json.loads(metrics.read_text()).items())
     print(f"written: {args.output}")
     if failed:
