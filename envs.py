@@ -115,13 +115,13 @@ TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt
     "unitree_walk":      Task("unitree", 2, 500, "mounted", "the robot", 800, _A1, student_steps=3000),
     "unitree_stand":     Task("unitree", 2, 500, "mounted", "the robot", 800, _A1, student_steps=3000),
     "pen":               Task("adroit", 2, 100, "vil_camera", "the hand, the pen and the target", 3000,
-                              _HAND | {"pen": "Object+", "target": "target+"}, hold=20, student_steps=6500),
+                              _HAND | {"pen": "Object+", "target": "target+"}, hold=20, student_steps=7500),
     "door":              Task("adroit", 2, 100, "vil_camera", "the hand, the door and the frame", 3000,
-                              _HAND | {"door": "door+", "handle": "latch+", "latch": "latch+", "frame": "frame"}, hold=25, student_steps=6500),
+                              _HAND | {"door": "door+", "handle": "latch+", "latch": "latch+", "frame": "frame"}, hold=25, student_steps=7500),
     "hammer":            Task("adroit", 2, 100, "vil_camera", "the hand, the hammer and the nail", 3000,
-                              _HAND | {"hammer": "Object+", "nail": "nail+", "board": "nail_board"}, hold=25, student_steps=6500),
+                              _HAND | {"hammer": "Object+", "nail": "nail+", "board": "nail_board"}, hold=25, student_steps=7500),
     "relocate":          Task("adroit", 2, 100, "vil_camera", "the hand, the ball and the target", 3000,
-                              _HAND | {"ball": "Object+", "target": "target"}, hold=25, student_steps=6500),
+                              _HAND | {"ball": "Object+", "target": "target"}, hold=25, student_steps=7500),
 }  # fmt: skip
 ALIASES = {"cup_catch": "ball_in_cup_catch"}
 SUITE = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}

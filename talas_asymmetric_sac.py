@@ -110,26 +110,27 @@ def env_options(args: Args) -> dict:
 class Masker(nn.Module):
     """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. The network of talas_phase1.py, which explains it."""
 
-    def __init__(self, widths: tuple[int, int, int] = (24, 48, 64)):
+    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64)):
         super().__init__()
         fine, middle, coarse = widths
-        self.stem = nn.Conv2d(3, fine, 6, stride=2, padding=2)  # 84×84 to 42×42
+        self.stem = nn.Conv2d(3, fine, 4, stride=2, padding=1)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
-        self.conv2 = nn.Conv2d(coarse, coarse, 3, padding=1)
+        self.conv2 = nn.ModuleList(nn.Conv2d(coarse, coarse, 3, padding=1) for _ in range(3))
         self.up2 = nn.Conv2d(coarse, middle, 1)
         self.fuse1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.up1 = nn.Conv2d(middle, fine, 1)
         self.fuse0 = nn.Conv2d(fine, fine, 3, padding=1)
-        self.head = nn.Conv2d(fine, 4, 3, padding=1)  # four logits a position, shuffled back to 84×84
+        self.head = nn.Conv2d(fine, 4, 1)  # four logits a position, shuffled back to 84×84
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) frames in [0, 255], H and W even -> (N, H, W) logits."""
         fine = F.relu(self.stem(frames / 255 - 0.5))
         middle = F.relu(self.conv1(F.relu(self.down1(fine))))
         coarse = F.relu(self.down2(middle))
-        coarse = coarse + F.relu(self.conv2(coarse))
+        for conv in self.conv2:
+            coarse = coarse + F.relu(conv(coarse))
         middle = F.relu(self.fuse1(middle + F.interpolate(self.up2(coarse), size=middle.shape[-2:])))
         fine = F.relu(self.fuse0(fine + F.interpolate(self.up1(middle), size=fine.shape[-2:])))
         return F.pixel_shuffle(self.head(fine), 2).squeeze(1)

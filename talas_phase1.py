@@ -64,33 +64,33 @@ class Args:
 
 # ------------------------------------------------------------------------------------------------------------ the masker
 class Masker(nn.Module):
-    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. A small U-Net, 47 million multiply-adds a frame.
+    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. A small U-Net, 32 million multiply-adds a frame.
 
-    Convolutions at 84×84 would cost as much as the agent's encoder. The stem works on a quarter of the positions at once: its 6×6 kernel with
-    stride 2 is a 3×3 convolution after a pixel_unshuffle, without the copy, and loses no pixel. Two more halvings give the field of view that
-    tells a robot from a picture of a room.
+    Convolutions at 84×84 would cost as much as the agent's encoder, so there are none: the stem halves the picture, and the head gives the four
+    pixels of a position at once. Edges need few features; telling a robot from a picture of a room needs depth where it is cheap, at 11×11.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (24, 48, 64)):
+    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64)):
         super().__init__()
         fine, middle, coarse = widths
-        self.stem = nn.Conv2d(3, fine, 6, stride=2, padding=2)  # 84×84 to 42×42
+        self.stem = nn.Conv2d(3, fine, 4, stride=2, padding=1)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
-        self.conv2 = nn.Conv2d(coarse, coarse, 3, padding=1)
+        self.conv2 = nn.ModuleList(nn.Conv2d(coarse, coarse, 3, padding=1) for _ in range(3))
         self.up2 = nn.Conv2d(coarse, middle, 1)
         self.fuse1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.up1 = nn.Conv2d(middle, fine, 1)
         self.fuse0 = nn.Conv2d(fine, fine, 3, padding=1)
-        self.head = nn.Conv2d(fine, 4, 3, padding=1)  # four logits a position, shuffled back to 84×84
+        self.head = nn.Conv2d(fine, 4, 1)  # four logits a position, shuffled back to 84×84
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) frames in [0, 255], H and W even -> (N, H, W) logits."""
         fine = F.relu(self.stem(frames / 255 - 0.5))
         middle = F.relu(self.conv1(F.relu(self.down1(fine))))
         coarse = F.relu(self.down2(middle))
-        coarse = coarse + F.relu(self.conv2(coarse))
+        for conv in self.conv2:
+            coarse = coarse + F.relu(conv(coarse))
         middle = F.relu(self.fuse1(middle + F.interpolate(self.up2(coarse), size=middle.shape[-2:])))
         fine = F.relu(self.fuse0(fine + F.interpolate(self.up1(middle), size=fine.shape[-2:])))
         return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
@@ -378,6 +378,7 @@ def main(args: Args) -> None:
         loss = bce + args.reconstruction_coef * reconstruction
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(masker.parameters(), 0.2)  # without it a teacher of hammer once stayed at an IoU of 0.78 instead of 0.89
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == args.steps - 1:
