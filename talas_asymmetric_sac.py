@@ -97,6 +97,8 @@ class Args:
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True
     """simulate and render the next frame while the update runs, on a replay that lacks it; --no-overlap: one after the other, the textbook's order"""
+    compile: bool = False  # torch.compile the update (needs a C++ compiler, and a minute or two at the first update)
+    cudagraphs: bool = False  # CUDA only: the update as one CUDA graph. Off, as is --compile, because it has not been run on a GPU yet
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
@@ -110,14 +112,14 @@ def env_options(args: Args) -> dict:
 class Masker(nn.Module):
     """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. The network of talas_phase1.py, which explains it."""
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64)):
+    def __init__(self, widths: tuple[int, int, int] = (16, 48, 64)):
         super().__init__()
         fine, middle, coarse = widths
         self.stem = nn.Conv2d(3, fine, 4, stride=2, padding=1)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
-        self.conv2 = nn.ModuleList(nn.Conv2d(coarse, coarse, 3, padding=1) for _ in range(3))
+        self.conv2 = nn.ModuleList(nn.Conv2d(coarse, coarse, 3, padding=1) for _ in range(2))
         self.up2 = nn.Conv2d(coarse, middle, 1)
         self.fuse1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.up1 = nn.Conv2d(middle, fine, 1)
@@ -188,14 +190,14 @@ def apply_mask(stack: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype = tor
 
 def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
     """Shift (B, C_i, H, W) tensors of one dtype together, each sample by a random offset of at most `pad` pixels, edges repeated."""
-    batch, (height, width) = len(stacks[0]), stacks[0].shape[-2:]
-    rows, cols = (torch.randint(2 * pad + 1, (batch,)).tolist() for _ in range(2))
+    batch, (height, width), device = len(stacks[0]), stacks[0].shape[-2:], stacks[0].device
+    n, row, col = torch.arange(batch, device=device), *(torch.randint(2 * pad + 1, (batch,), device=device) for _ in range(2))
     shifted = []
     for stack in stacks:
         padded = torch.cat([stack[..., :1]] * pad + [stack] + [stack[..., -1:]] * pad, 3)  # F.pad has no bytes on a GPU
         padded = torch.cat([padded[:, :, :1]] * pad + [padded] + [padded[:, :, -1:]] * pad, 2)
-        # Windows into the padded stack, one copy a sample: a gather by index tensors would visit every byte on its own.
-        shifted.append(torch.stack([padded[b, :, rows[b] : rows[b] + height, cols[b] : cols[b] + width] for b in range(batch)]))
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 pad + 1, 2 pad + 1, H, W), a view
+        shifted.append(windows[n, :, row, col])  # whole windows: a gather by pixel would take twice as long
     return shifted
 
 
@@ -302,9 +304,10 @@ class Agent(nn.Module):
         self.actor, self.critic = Actor(*dims), Critic(*dims)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
-        self.critic_optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.critic.parameters()], lr=args.critic_lr, fused=True)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
+        adam = partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
+        self.critic_optimizer = adam([*self.encoder.parameters(), *self.critic.parameters()], lr=args.critic_lr)
+        self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
         self.masker = masker  # the deployed one, frozen
@@ -389,6 +392,30 @@ class Agent(nn.Module):
         return (mean_action if mean else sample).cpu().numpy()
 
 
+class GraphedUpdate:
+    """agent.update as one CUDA graph: one launch instead of a thousand. The first three calls are eager, the warm-up that capturing asks for."""
+
+    def __init__(self, agent: Agent):
+        self.agent, self.calls, self.graph, self.side = agent, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        if self.calls <= 3:
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                metrics = self.agent.update(batch)
+            torch.cuda.current_stream().wait_stream(self.side)
+            return metrics
+        if self.calls == 4:
+            self.batch = batch  # whose memory the graph reads from now on
+            with torch.cuda.graph(self.graph):  # records, and runs nothing
+                self.metrics = self.agent.update(batch)
+        for name, recorded in vars(self.batch).items():
+            recorded.copy_(getattr(batch, name))
+        self.graph.replay()
+        return self.metrics
+
+
 # ------------------------------------------------------------------------------------------------------------ replay
 def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One observation or N of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8, proprio (N, P), on the device."""
@@ -399,83 +426,83 @@ def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.dev
 
 
 class Replay:
-    """Every frame once, as bytes, with its mask; stacks are put together when sampled. A ring: the oldest frames go first.
+    """Every frame once, as bytes, with its mask; stacks are put together when sampled. A ring per environment: the oldest frames go first.
 
-    Frame n of the run lies in slot n % capacity. An episode of T steps is T + 1 frames; transition n leads from frame n to frame n + 1.
+    Frame n of environment i lies in slot n % capacity of ring i. An episode of T steps is T + 1 frames; transition n leads from frame n to n + 1.
+    What is large lies on the device, the book-keeping on the CPU, so that a batch is drawn without waiting for a GPU.
     """
 
-    def __init__(self, capacity: int, pixels: tuple[int, int, int], proprio_dim: int, action_dim: int, device: torch.device):
-        self.capacity, self.device, self.stack, size = capacity, device, pixels[0] // 3, pixels[1:]
-        self.frames = torch.empty((capacity, 3, *size), dtype=torch.uint8)  # empty: the system hands out memory when it is written to
-        self.masks = torch.empty((capacity, *size), dtype=torch.uint8)
-        self.proprio = torch.empty((capacity, proprio_dim))
-        self.actions, self.rewards, self.dones = torch.empty((capacity, action_dim)), torch.empty(capacity), torch.empty(capacity)
-        self.first = torch.zeros(capacity, dtype=torch.int64)  # the number of the first frame of this frame's episode
-        self.valid = torch.zeros(capacity, dtype=torch.bool)  # does a whole transition start here?
-        self.n = 0  # frames ever written
+    def __init__(self, num_envs: int, capacity: int, pixels: tuple[int, int, int], proprio_dim: int, action_dim: int, device: torch.device):
+        def store(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:  # empty: the system hands out memory when it is written to
+            return torch.empty((num_envs * capacity, *shape), dtype=dtype, device=device)
 
-    def add_frame(self, obs: dict[str, np.ndarray], mask: torch.Tensor, first: bool) -> None:
-        """The newest frame of an observation, and its (H, W) mask."""
-        slot = self.n % self.capacity
+        self.capacity, self.stack, size = capacity, pixels[0] // 3, pixels[1:]
+        self.frames, self.masks = store(3, *size, dtype=torch.uint8), store(*size, dtype=torch.uint8)
+        self.proprio, self.actions, self.rewards, self.dones = store(proprio_dim), store(action_dim), store(), store()
+        self.first = torch.zeros(num_envs * capacity, dtype=torch.int64)  # the number of the first frame of this frame's episode
+        self.valid = torch.zeros(num_envs * capacity, dtype=torch.bool)  # does a whole transition start here?
+        self.n = torch.zeros(num_envs, dtype=torch.int64)  # frames ever written
+
+    def _row(self, env: int | torch.Tensor, number: int | torch.Tensor) -> int | torch.Tensor:
+        return env * self.capacity + number % self.capacity
+
+    def add_frame(self, env: int, pixels: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, first: bool) -> None:
+        """The newest frame of an observation: of pixels (9, H, W), masks (3, H, W) and proprio (P,)."""
+        n = int(self.n[env])
+        row = self._row(env, n)
         for k in range(self.stack):  # what starts at the frame lost here, or stacks it, is no transition any more
-            self.valid[(self.n + k) % self.capacity] = False
-        self.frames[slot] = torch.from_numpy(obs["pixels"][-3:])
-        self.masks[slot] = mask
-        self.proprio[slot] = torch.from_numpy(obs["proprio"])
-        self.first[slot] = self.n if first else self.first[slot - 1]
-        self.n += 1
+            self.valid[self._row(env, n + k)] = False
+        self.frames[row], self.masks[row], self.proprio[row] = pixels[-3:], mask[-1], proprio
+        self.first[row] = n if first else self.first[self._row(env, n - 1)]
+        self.n[env] += 1
 
-    def add_step(self, action: np.ndarray, reward: float, terminated: bool, next_obs: dict[str, np.ndarray], next_mask: torch.Tensor) -> None:
-        """The transition from the newest frame to `next_obs`. A truncated episode's last one is as good as any: it bootstraps."""
-        slot = (self.n - 1) % self.capacity
-        self.actions[slot], self.rewards[slot], self.dones[slot] = torch.from_numpy(action), reward, float(terminated)
-        self.add_frame(next_obs, next_mask, first=False)
-        self.valid[slot] = True
+    def add_step(self, env: int, action: np.ndarray, reward: float, terminated: bool, *next_observed: torch.Tensor) -> None:
+        """The transition from the newest frame to the next observation. A truncated episode's last one is as good as any: it bootstraps."""
+        row = self._row(env, int(self.n[env]) - 1)
+        self.actions[row], self.rewards[row], self.dones[row] = torch.from_numpy(action), reward, float(terminated)
+        self.add_frame(env, *next_observed, first=False)
+        self.valid[row] = True
 
-    def _stacks(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _stacks(self, envs: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stacks (B, 3k, H, W), masks (B, k, H, W) and proprioception of frames by number; before an episode's first frame stands that frame."""
-        slots = numbers % self.capacity
-        before = torch.maximum(numbers[:, None] + torch.arange(1 - self.stack, 1), self.first[slots][:, None]) % self.capacity  # (B, k)
-        frames, masks = (store.index_select(0, before.flatten()).unflatten(0, before.shape).to(self.device) for store in (self.frames, self.masks))
-        return frames.flatten(1, 2), masks, self.proprio[slots].to(self.device)
+        rows = self._row(envs, numbers)
+        numbers = torch.maximum(numbers[:, None] + torch.arange(1 - self.stack, 1), self.first[rows][:, None])  # (B, k)
+        stacked, rows = self._row(envs[:, None], numbers).to(self.frames.device), rows.to(self.frames.device)
+        frames, masks = (store.index_select(0, stacked.flatten()).unflatten(0, stacked.shape) for store in (self.frames, self.masks))
+        return frames.flatten(1, 2), masks, self.proprio[rows]
 
     def sample(self, batch_size: int) -> Batch:
         valid = self.valid.nonzero().squeeze(1)
-        slots = valid[torch.randint(len(valid), (batch_size,))]
-        numbers = self.n - 1 - (self.n - 1 - slots) % self.capacity  # of the frames that lie there now
-        obs, mask, proprio = self._stacks(numbers)
-        next_obs, next_mask, next_proprio = self._stacks(numbers + 1)
-        action, reward, done = (values[slots].to(self.device) for values in (self.actions, self.rewards, self.dones))
-        return Batch(obs, mask, proprio, action, reward, done, next_obs, next_mask, next_proprio)
+        rows = valid[torch.randint(len(valid), (batch_size,))]
+        envs, slots = rows // self.capacity, rows % self.capacity
+        newest = self.n[envs] - 1
+        numbers = newest - (newest - slots) % self.capacity  # of the frames that lie there now
+        obs, mask, proprio = self._stacks(envs, numbers)
+        next_obs, next_mask, next_proprio = self._stacks(envs, numbers + 1)
+        rows = rows.to(self.frames.device)
+        return Batch(obs, mask, proprio, self.actions[rows], self.rewards[rows], self.dones[rows], next_obs, next_mask, next_proprio)
 
 
-def sample(replay: list[Replay], batch_size: int) -> Batch:
-    """A batch from the environments' rings, all of which are equally full."""
-    parts = torch.randint(len(replay), (batch_size,)).bincount(minlength=len(replay)).tolist()
-    batches = [ring.sample(n) for ring, n in zip(replay, parts, strict=True)]
-    return batches[0] if len(replay) == 1 else Batch(**{key: torch.cat([getattr(batch, key) for batch in batches]) for key in vars(batches[0])})
-
-
-def remember(replay: list[Replay], actions, obs, rewards, terminated, truncated, info: dict, masker: Masker | None) -> tuple[torch.Tensor, ...]:
-    """A step of all environments, each into its ring; returns what observe makes of `obs`.
+def remember(replay: Replay, actions, obs, rewards, terminated, truncated, info: dict, masker: Masker | None) -> tuple[torch.Tensor, ...]:
+    """A step of all environments into replay; returns what observe makes of `obs`.
 
     Where an episode ended, `obs` is the next one's first observation already, and the last one comes in `info` (gymnasium's SAME_STEP).
     """
-    device = replay[0].device
-    seen = observe(masker, obs, device)
-    for i, ring in enumerate(replay):
-        newest = {key: value[i] for key, value in obs.items()}
+    seen = observe(masker, obs, replay.frames.device)
+    for i, newest in enumerate(zip(*seen, strict=True)):
         if terminated[i] or truncated[i]:
-            last = info["final_obs"][i]
-            ring.add_step(actions[i], rewards[i], terminated[i], last, observe(masker, last, device)[1][0, -1])
-            ring.add_frame(newest, seen[1][i, -1], first=True)
+            last = (part[0] for part in observe(masker, info["final_obs"][i], replay.frames.device))
+            replay.add_step(i, actions[i], rewards[i], terminated[i], *last)
+            replay.add_frame(i, *newest, first=True)
         else:
-            ring.add_step(actions[i], rewards[i], False, newest, seen[1][i, -1])
+            replay.add_step(i, actions[i], rewards[i], False, *newest)
     return seen
 
 
-def free_memory() -> float:
-    """GB that can be had without swapping, where Linux tells it."""
+def free_memory(device: torch.device) -> float:
+    """GB that can be had on a device; on the CPU without swapping, where Linux tells it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
     path = Path("/proc/meminfo")
     return int(path.read_text().split("MemAvailable:")[1].split()[0]) * 1024 / 1e9 if path.is_file() else math.inf
 
@@ -563,7 +590,8 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
 def main(args: Args) -> None:
     if args.evaluate:  # the agent's own arguments, but for what this evaluation was asked for
         checkpoint, keys = load_checkpoint(Path(args.evaluate))[1], ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision")
-        args = replace(checkpoint["args"], **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
+        own = replace(checkpoint["args"], device="cpu", cudagraphs=False)  # episodes are played on the CPU, wherever the agent was trained
+        args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
     args.env = resolve_env_id(args.env)
     if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
         raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
@@ -579,6 +607,8 @@ def main(args: Args) -> None:
         env.reset()
         env.close()
     device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
+    if args.cudagraphs and device.type != "cuda":
+        raise UserError(f"--cudagraphs: needs a CUDA GPU, and --device {args.device} is {device} here")
     if args.precision == "auto":
         args.precision = "bf16" if bf16 else "fp32"
 
@@ -606,9 +636,13 @@ def main(args: Args) -> None:
     photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if two_views else None
     agent = Agent(args, *spaces, masker, photos).to(device)
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs) // args.num_envs
-    replay = [Replay(capacity, pixels, proprio[0], spaces[2], device) for _ in range(args.num_envs)]
-    size, free = sum(t.nbytes for ring in replay for t in vars(ring).values() if torch.is_tensor(t)) / 1e9, free_memory()
+    free = free_memory(device)
+    replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
+    size = sum(store.nbytes for store in vars(replay).values() if torch.is_tensor(store)) / 1e9
     print(f"replay: at most {size:.1f} GB, as it fills, of {free:.1f} GB free" + (": too much; give a smaller --replay-size" if size > free else ""))
+    if args.compile:
+        agent.update = torch.compile(agent.update)
+    update = GraphedUpdate(agent) if args.cudagraphs else agent.update
     learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
 
     run.mkdir(parents=True)
@@ -628,7 +662,7 @@ def main(args: Args) -> None:
         save_checkpoint(run / "checkpoint.pt", agent, step, prompt)
         figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
         with torch.random.fork_rng(), torch.no_grad(), agent.autocast():
-            shown = sample(replay, 8)
+            shown = replay.sample(8)
             views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask) if view is not None]
         writer.add_images("views/clean_and_augmented", torch.cat(views, 3), step)
         for key, value in figures.items():
@@ -646,8 +680,8 @@ def main(args: Args) -> None:
     envs.action_space.seed(args.seed)
     obs, _ = envs.reset()
     seen = observe(clean_masker, obs, device)
-    for i, ring in enumerate(replay):
-        ring.add_frame({key: value[i] for key, value in obs.items()}, seen[1][i, -1], first=True)
+    for i, first in enumerate(zip(*seen, strict=True)):
+        replay.add_frame(i, *first, first=True)
     started, step, updates, evaluation_seconds = time.time(), 0, 0, 0.0
     totals, lengths, history = np.zeros(args.num_envs), np.zeros(args.num_envs, int), deque(maxlen=10)
     bar = tqdm(total=total_steps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
@@ -656,7 +690,7 @@ def main(args: Args) -> None:
         """The updates that are due after `step` agent steps."""
         nonlocal updates
         while updates < int(args.updates_per_step * (step - learning_starts)):
-            metrics = agent.update(sample(replay, args.batch_size))
+            metrics = update(replay.sample(args.batch_size))
             updates += 1
             if updates % 100 == 1:  # metrics stay on the device until now
                 for key, value in metrics.items():

@@ -64,20 +64,20 @@ class Args:
 
 # ------------------------------------------------------------------------------------------------------------ the masker
 class Masker(nn.Module):
-    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. A small U-Net, 32 million multiply-adds a frame.
+    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. A small U-Net, 40 million multiply-adds a frame.
 
     Convolutions at 84×84 would cost as much as the agent's encoder, so there are none: the stem halves the picture, and the head gives the four
     pixels of a position at once. Edges need few features; telling a robot from a picture of a room needs depth where it is cheap, at 11×11.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64)):
+    def __init__(self, widths: tuple[int, int, int] = (16, 48, 64)):
         super().__init__()
         fine, middle, coarse = widths
         self.stem = nn.Conv2d(3, fine, 4, stride=2, padding=1)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
-        self.conv2 = nn.ModuleList(nn.Conv2d(coarse, coarse, 3, padding=1) for _ in range(3))
+        self.conv2 = nn.ModuleList(nn.Conv2d(coarse, coarse, 3, padding=1) for _ in range(2))
         self.up2 = nn.Conv2d(coarse, middle, 1)
         self.fuse1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.up1 = nn.Conv2d(middle, fine, 1)

@@ -37,7 +37,7 @@ class Args:
     seed: int = 1  # seeds the photographs, the batches and the augmentation
     augmentation: Augmentation = "mix"
     """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, on a photograph; mix: both, see envs.augment"""
-    steps: int | None = None  # gradient steps; by default 6,000, on Adroit 7,500 and on the A1 3,000
+    steps: int | None = None  # gradient steps; by default 6,000, on the A1 3,000
     batch_size: int = 32  # frames per gradient step; 64 leave a CPU's cache and take more than twice as long
     learning_rate: float = 1e-2  # Adam's peak learning rate; it warms up and decays to zero (one cycle)
     shift: int = 4  # random shift of frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)
@@ -53,14 +53,14 @@ class Args:
 class Masker(nn.Module):
     """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. The network of talas_phase1.py, which explains it."""
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64)):
+    def __init__(self, widths: tuple[int, int, int] = (16, 48, 64)):
         super().__init__()
         fine, middle, coarse = widths
         self.stem = nn.Conv2d(3, fine, 4, stride=2, padding=1)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.down2 = nn.Conv2d(middle, coarse, 3, stride=2, padding=1)  # 11×11
-        self.conv2 = nn.ModuleList(nn.Conv2d(coarse, coarse, 3, padding=1) for _ in range(3))
+        self.conv2 = nn.ModuleList(nn.Conv2d(coarse, coarse, 3, padding=1) for _ in range(2))
         self.up2 = nn.Conv2d(coarse, middle, 1)
         self.fuse1 = nn.Conv2d(middle, middle, 3, padding=1)
         self.up1 = nn.Conv2d(middle, fine, 1)
@@ -81,14 +81,14 @@ class Masker(nn.Module):
 
 def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
     """Shift (B, C_i, H, W) tensors of one dtype together, each sample by a random offset of at most `pad` pixels, edges repeated."""
-    batch, (height, width) = len(stacks[0]), stacks[0].shape[-2:]
-    rows, cols = (torch.randint(2 * pad + 1, (batch,)).tolist() for _ in range(2))
+    batch, (height, width), device = len(stacks[0]), stacks[0].shape[-2:], stacks[0].device
+    n, row, col = torch.arange(batch, device=device), *(torch.randint(2 * pad + 1, (batch,), device=device) for _ in range(2))
     shifted = []
     for stack in stacks:
         padded = torch.cat([stack[..., :1]] * pad + [stack] + [stack[..., -1:]] * pad, 3)  # F.pad has no bytes on a GPU
         padded = torch.cat([padded[:, :, :1]] * pad + [padded] + [padded[:, :, -1:]] * pad, 2)
-        # Windows into the padded stack, one copy a sample: a gather by index tensors would visit every byte on its own.
-        shifted.append(torch.stack([padded[b, :, rows[b] : rows[b] + height, cols[b] : cols[b] + width] for b in range(batch)]))
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 pad + 1, 2 pad + 1, H, W), a view
+        shifted.append(windows[n, :, row, col])  # whole windows: a gather by pixel would take twice as long
     return shifted
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-import torch
 import torch.nn as nn
 import tyro
 
@@ -73,20 +72,20 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
     env.action_space.seed(seed)
     obs, _ = env.reset()
     agent = talas.Agent(talas.Args(precision="fp32", **given), 9, len(obs["proprio"]), 1, None, None)
-    replay = talas.Replay(args.steps + args.steps // 125 + 8, obs["pixels"].shape, len(obs["proprio"]), 1, device)
-    pixel = torch.zeros(1, 1, dtype=torch.uint8)
-    replay.add_frame(obs, pixel, first=True)
+    replay = talas.Replay(1, args.steps + args.steps // 125 + 8, obs["pixels"].shape, len(obs["proprio"]), 1, device)
+    seen = talas.observe(None, obs, device)
+    replay.add_frame(0, *(part[0] for part in seen), first=True)
     episodes, total = [], 0.0
     for step in range(1, args.steps + 1):
-        picture, mask, state = talas.observe(None, obs, device)
-        action = env.action_space.sample() if step <= 500 else agent.act(picture, mask, state, mean=False)[0]
+        action = env.action_space.sample() if step <= 500 else agent.act(*seen, mean=False)[0]
         obs, reward, terminated, truncated, _ = env.step(action)
-        replay.add_step(action, reward, terminated, obs, pixel)
+        seen = talas.observe(None, obs, device)
+        replay.add_step(0, action, reward, terminated, *(part[0] for part in seen))
         total += reward
         if truncated:
             episodes.append((step, total, float(np.mean(env.hidden))))
-            total, (obs, _) = 0.0, env.reset()
-            replay.add_frame(obs, pixel, first=True)
+            total, seen = 0.0, talas.observe(None, env.reset()[0], device)
+            replay.add_frame(0, *(part[0] for part in seen), first=True)
         if step > 500:
             agent.update(replay.sample(128))
     env.close()

@@ -7,6 +7,7 @@ The masker and the agent have random weights: how long they take does not depend
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -25,7 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import UserError, load_photographs, make_env, set_up_torch
+from envs import UserError, cpu_has_bf16, load_photographs, make_env, set_up_torch
 
 
 @dataclass
@@ -74,12 +75,40 @@ def time_in_turn(ways: dict[str, Callable[[], object]], device: torch.device, re
 def fill(replay: talas.Replay, steps: int, episode: int = 250) -> None:
     """Random episodes, as bytes: what is in the frames does not matter here."""
     rng = np.random.default_rng(0)
-    obs = {"pixels": rng.integers(0, 256, (9, 84, 84), dtype=np.uint8), "proprio": np.zeros(replay.proprio.shape[1], np.float32)}
-    mask, action = torch.from_numpy(rng.integers(0, 256, (84, 84), dtype=np.uint8)), np.zeros(replay.actions.shape[1], np.float32)
+    frames, masks = (torch.from_numpy(rng.integers(0, 256, (n, 84, 84), dtype=np.uint8)) for n in (9, 3))
+    seen, action = (frames, masks, torch.zeros(replay.proprio.shape[1])), np.zeros(replay.actions.shape[1], np.float32)
     for step in range(steps):
         if step % episode == 0:
-            replay.add_frame(obs, mask, first=True)
-        replay.add_step(action, 1.0, False, obs, mask)
+            replay.add_frame(0, *seen, first=True)
+        replay.add_step(0, action, 1.0, False, *seen)
+
+
+def build(args: Args, spaces: tuple[int, int, int], photos: torch.Tensor, masked: bool, precision: str, channels_last: bool) -> talas.Agent:
+    """An agent with random weights, on the photographs' device, as talas_asymmetric_sac.py makes it; or in the contiguous layout."""
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    masker = talas.Masker().requires_grad_(False).to(dtype) if masked else None
+    flags = talas.Args(precision=precision, encoder=args.encoder, masker="student" if masked else "none")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return talas.Agent(flags, *spaces, masker, photos).to(photos.device, memory_format=layout)
+
+
+def update_masked_at_sampling(agent: talas.Agent, replay: talas.Replay, batch_size: int) -> None:
+    batch = replay.sample(batch_size)
+    batch.mask, batch.next_mask = talas.mask_stack(agent.masker, batch.obs), talas.mask_stack(agent.masker, batch.next_obs)
+    agent.update(batch)
+
+
+def time_plain(args: Args, spaces: tuple[int, int, int]) -> dict[str, float]:
+    """The two yardsticks once more, in a process in which set_up_torch has not told glibc to keep freed pages: that is an optimisation too."""
+    device, photos = torch.device("cpu"), load_photographs(None, 1000, 0)
+    replay = talas.Replay(1, 1100, (9, 84, 84), spaces[1], spaces[2], device)
+    fill(replay, 1000)
+    masked, unmasked = (build(args, spaces, photos, which, "fp32", False) for which in (True, False))
+    ways = {
+        "unmasked, fp32, contiguous": lambda: unmasked.update(replay.sample(args.batch_size)),
+        "masked, fp32, contiguous, masked at sampling": lambda: update_masked_at_sampling(masked, replay, args.batch_size),
+    }
+    return {f"{key}, pages given back": value for key, value in time_in_turn(ways, device, args.repeats).items()}
 
 
 def time_loop(args: Args, agent: talas.Agent, masker: talas.Masker, replay: talas.Replay, device: torch.device, overlap: bool, render: bool) -> float:
@@ -132,16 +161,10 @@ def main(args: Args) -> None:
     spaces = (9, len(env.task.proprio()), env.action_space.shape[0])
     result: dict[str, float | str] = {"device": name, "env": args.env, "batch_size": args.batch_size, "threads": torch.get_num_threads()}
 
-    def build(masked: bool, precision: str, channels_last: bool) -> talas.Agent:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        masker = talas.Masker().requires_grad_(False) if masked else None
-        flags = talas.Args(precision=precision, encoder=args.encoder, masker="student" if masked else "none")
-        return talas.Agent(flags, *spaces, masker, photos).to(device, memory_format=layout)
-
-    replay = talas.Replay(max(args.stored) + max(args.stored) // 250 + 8, (9, 84, 84), spaces[1], spaces[2], device)
+    replay = talas.Replay(1, max(args.stored) + max(args.stored) // 250 + 8, (9, 84, 84), spaces[1], spaces[2], device)
     fill(replay, args.stored[0])
     fast = "bf16" if bf16 else "fp32"
-    agents = {(m, p, c): build(m, p, c) for m in (True, False) for p in {fast, "fp32"} for c in (True, False)}
+    agents = {(m, p, c): build(args, spaces, photos, m, p, c) for m in (True, False) for p in {fast, "fp32"} for c in (True, False)}
     agent = agents[True, fast, True]
 
     # ---- the parts of a step
@@ -159,17 +182,17 @@ def main(args: Args) -> None:
     result |= {f"step/{key}": value for key, value in time_in_turn(parts, device, args.repeats).items()}
 
     # ---- the update, each optimisation on and off
-    def at_sampling(which: talas.Agent) -> None:
-        batch = replay.sample(args.batch_size)
-        batch.mask, batch.next_mask = talas.mask_stack(which.masker, batch.obs), talas.mask_stack(which.masker, batch.next_obs)
-        which.update(batch)
-
     ways = {}
     for (masked, precision, channels_last), which in agents.items():
         title = f"{'masked' if masked else 'unmasked'}, {precision}, {'channels_last' if channels_last else 'contiguous'}"
         ways[title] = lambda which=which: which.update(replay.sample(args.batch_size))
-    ways["masked, fp32, contiguous, masked at sampling"] = lambda: at_sampling(agents[True, "fp32", False])
+    yardsticks = ["unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"]
+    ways[yardsticks[1]] = lambda: update_masked_at_sampling(agents[True, "fp32", False], replay, args.batch_size)
     updates = time_in_turn(ways, device, args.repeats)
+    if device.type == "cpu":
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            plain = pool.apply(time_plain, (args, spaces))
+        updates, yardsticks = updates | plain, yardsticks + list(plain)
     result |= {f"update/{key}": value for key, value in updates.items()}
 
     # ---- the loop: what of the rendering is hidden behind the update
@@ -183,7 +206,7 @@ def main(args: Args) -> None:
 
     # ---- the masker alone, beside the foundation model
     threads, stack = torch.get_num_threads(), one.obs.cpu()
-    lone = build(True, "fp32", True).cpu().masker
+    lone = build(args, spaces, photos.cpu(), True, "bf16" if cpu_has_bf16() else "fp32", True).masker
     for n in dict.fromkeys((1, threads)):
         torch.set_num_threads(n)
         key = f"masker/stack of 3 frames, {n} thread{'s' * (n > 1)}"
@@ -206,7 +229,7 @@ def main(args: Args) -> None:
     }
 
     base = updates[f"masked, {fast}, channels_last"]
-    for title in ("unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"):
+    for title in yardsticks:
         result[f"ratio/update {title}, over the default"] = updates[title] / base
     result["ratio/update at the fuller replay over the emptier"] = many / few
 

@@ -529,6 +529,7 @@ def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
     obs = torch.randint(1, 256, (n, 6, 12, 12), generator=generator, dtype=torch.uint8)  # no black, so that seams show
     mask = torch.zeros(n, 2, 12, 12)
     mask[:, :, 4:8, 3:7] = 1
+    mask[:, :, 3, 3:7] = 0.25  # the agent's edge
     photos = torch.randint(1, 256, (7, 3, 16, 16), generator=generator, dtype=torch.uint8)
     torch.manual_seed(3)
     image = envs.random_crops(photos, n, 12).repeat(1, 2, 1, 1)
@@ -538,23 +539,25 @@ def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
     def pixels(candidate):  # (n, 12, 12): where all channels of all frames are the candidate's
         return ((got - candidate).abs() < 1e-2).all(1)
 
-    # Three photographs of ten are shifted to the mean colour of the agent: here of 16 pixels in each of the two frames.
-    kept = obs[:, :, 4:8, 3:7].float().unflatten(1, (2, 3)).mean((1, 3, 4)).repeat(1, 2)  # (n, 6)
+    # Three photographs of ten are shifted to the mean colour of the agent: here of 16 pixels and 4 quarters in each of the two frames.
+    kept = (m * obs).unflatten(1, (2, 3)).sum((1, 3, 4)).repeat(1, 2) / 34  # (n, 6)
     tinted = (image + (kept - image.mean((2, 3)))[:, :, None, None]).clamp(0, 255)
-    frame, photo, shifted, black = pixels(obs.float()), pixels(image), pixels(tinted), pixels(torch.zeros(()))
+    frame, photo, shifted, dark = pixels(obs.float()), pixels(image), pixels(tinted), pixels(m * obs)
     plain, agentlike = (pixels(0.6 * obs + 0.4 * other).all((1, 2)) for other in (image, tinted))
     overlaid = plain | agentlike
     assert abs(agentlike.float().mean() - 0.3 * 0.4) < 0.03
-    swapped = sum(pixels(m * obs + (1 - m) * other).all((1, 2)) for other in (image, tinted)) > 0
+    blended = sum(pixels(m * obs + (1 - m) * other) for other in (image, tinted)) > 0
+    seamed = sum(pixels(m * obs + (m == 0) * other).all((1, 2)) for other in (image, tinted)) > 0
     photo = torch.where(shifted.sum((1, 2), keepdim=True) > photo.sum((1, 2), keepdim=True), shifted, photo)  # one or the other, not some of each
     clean = frame.all((1, 2))
     assert abs(overlaid.float().mean() - 0.4) < 0.03
     assert 0.08 < clean.float().mean() < 0.16  # the tenth, and the patches that leave the whole scene
-    assert abs(swapped.float().mean() - 0.125) < 0.03  # neither patched nor seamed: a quarter of the half
+    assert abs(seamed.float().mean() - 0.2) < 0.03  # not patched, a half, and seamed, four fifths, of the half
+    assert abs((blended.all((1, 2)) & ~clean).float().mean() - 0.05) < 0.02  # not patched, not seamed
     rest = ~overlaid
-    assert (frame | photo | black)[rest].all()  # every other pixel is the scene's, the photograph's, or a seam
+    edge = (m[0, 0] > 0) & (m[0, 0] < 1)
+    assert (frame | photo)[rest][:, ~edge].all()  # every other pixel is the scene's or the photograph's,
+    assert (frame | blended | dark)[rest][:, edge].all()  # and on the agent's edge the scene's (patches), both, or a seam
     assert frame[rest][:, 4:8, 3:7].all()  # the agent is always kept
-    beside = torch.nn.functional.max_pool2d(frame.float().unsqueeze(1), 3, stride=1, padding=1).squeeze(1) > 0
-    assert beside[black].all() and black[rest].any()  # seams lie along what is kept
     patched = rest & ~clean & frame[:, :3].any((1, 2))
     assert 0.15 < patched.float().mean() < 0.3

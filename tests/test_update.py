@@ -521,16 +521,16 @@ class PlainReplay:
             proprio = self.rng.standard_normal((length + 1, 2)).astype(np.float32)
             stacks = [np.concatenate([frames[max(t + k, 0)] for k in (-2, -1, 0)]) for t in range(length + 1)]
             mask_stacks = [np.stack([masks[max(t + k, 0)] for k in (-2, -1, 0)]) for t in range(length + 1)]
-            obs = [{"pixels": stack, "proprio": p} for stack, p in zip(stacks, proprio, strict=True)]
+            seen = [[torch.from_numpy(part) for part in parts] for parts in zip(stacks, mask_stacks, proprio, strict=True)]
             if self.replay is None:
-                self.replay = rl.Replay(capacity, (9, 4, 5), 2, 1, torch.device("cpu"))
-            self.replay.add_frame(obs[0], torch.from_numpy(masks[0]), first=True)
+                self.replay = rl.Replay(1, capacity, (9, 4, 5), 2, 1, torch.device("cpu"))
+            self.replay.add_frame(0, *seen[0], first=True)
             start, self.n = self.n, self.n + 1
             self.check(16)
             for t in range(length):
                 done, reward = terminated and t == length - 1, float(self.rng.standard_normal())
                 action = np.array([len(self.transitions)], np.float32)
-                self.replay.add_step(action, reward, done, obs[t + 1], torch.from_numpy(masks[t + 1]))
+                self.replay.add_step(0, action, reward, done, *seen[t + 1])
                 self.n += 1
                 oldest, number = start + max(t - 2, 0), start + t  # the oldest frame in its stack; its own
                 rest = (stacks[t], mask_stacks[t], proprio[t], reward, done, stacks[t + 1], mask_stacks[t + 1], proprio[t + 1])
@@ -602,17 +602,19 @@ def test_vector_environments_leave_transitions_only():
     lengths, ends = (1, 3, 5), ("truncated", "terminated", "truncated")
     makers = [functools.partial(Counting, *row) for row in zip(lengths, ends, strict=True)]
     envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    replay = [rl.Replay(100, (9, 4, 5), 1, 1, torch.device("cpu")) for _ in makers]
-    obs, _ = envs.reset()
-    for i, ring in enumerate(replay):
-        ring.add_frame({key: value[i] for key, value in obs.items()}, torch.zeros(4, 5), first=True)
+    replay = rl.Replay(3, 100, (9, 4, 5), 1, 1, torch.device("cpu"))
+    for i, first in enumerate(zip(*rl.observe(None, envs.reset()[0], torch.device("cpu")), strict=True)):
+        replay.add_frame(i, *first, first=True)
     for step in range(20):
         seen = rl.remember(replay, np.full((3, 1), step, np.float32), *envs.step(np.zeros((3, 1), np.float32)), None)
         assert seen[0].shape == (3, 9, 4, 5) and seen[1].shape == (3, 3, 4, 5) and seen[2].shape == (3, 1)
     envs.close()
-    for ring, length, end in zip(replay, lengths, ends, strict=True):
-        assert ring.valid.sum() == 20 and ring.n == 20 + 1 + 20 // length
-        batch = ring.sample(500)
+    everything = replay.valid.clone()
+    for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        mine = torch.arange(300) // 100 == i
+        assert everything[mine].sum() == 20 and replay.n[i] == 20 + 1 + 20 // length
+        replay.valid[:] = everything & mine  # of this environment's ring only
+        batch = replay.sample(500)
         assert len(set(batch.action[:, 0].tolist())) == 20
         t, episode = batch.action[:, 0] % length, batch.action[:, 0] // length
         assert torch.equal(batch.reward, t + 1) and torch.equal(batch.proprio[:, 0], t) and torch.equal(batch.next_proprio[:, 0], t + 1)
@@ -620,7 +622,8 @@ def test_vector_environments_leave_transitions_only():
         for k in range(3):
             assert torch.equal(batch.obs[:, 3 * k, 0, 0], 8 * episode + (t + k - 2).clamp(min=0))
             assert torch.equal(batch.next_obs[:, 3 * k, 0, 0], 8 * episode + (t + 1 + k - 2).clamp(min=0))
-    whole = rl.sample(replay, 600)
+    replay.valid[:] = everything
+    whole = replay.sample(600)
     assert whole.obs.shape == (600, 9, 4, 5) and whole.done.shape == (600,)
     assert 100 < (whole.reward > 3).sum() + (whole.done > 0).sum() < 260  # the second ring ends, the third goes past 3: (1/3 + 2/5) of a third each
 
