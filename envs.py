@@ -93,7 +93,7 @@ class Task:
     mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow
     vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model, see TalasEnv._lookup
     hold: int = 0  # control steps for which the goal has to hold in an episode that counts as a success (Adroit)
-    student_steps: int = 6000  # gradient steps of Phase II by default: the A1, large in its picture, needs fewer
+    student_steps: int = 5000  # gradient steps of Phase II by default: the A1, large in its picture, needs fewer
 
 
 _CARTPOLE = {"cart": "cart", "pole": "pole_*", "rail": "rail*", "floor": "floor"}

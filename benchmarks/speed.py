@@ -26,7 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import UserError, cpu_has_bf16, load_photographs, make_env, set_up_torch
+from envs import UserError, cpu_has_bf16, list_videos, load_photographs, make_env, read_video, set_up_torch
 
 
 @dataclass
@@ -180,6 +180,10 @@ def main(args: Args) -> None:
         "update": lambda: agent.update(batch),
     }
     result |= {f"step/{key}": value for key, value in time_in_turn(parts, device, args.repeats).items()}
+    if distractors := os.environ.get("TALAS_DISTRACTORS"):
+        decode = partial(read_video, list_videos(distractors, "video_hard")[0], env.episode_steps + 1, env.size)
+        result["episode/video decoded"] = time_in_turn({"": decode}, device, 1)[""]
+        result["ratio/video decoded, over rendering the episode"] = result["episode/video decoded"] / (env.episode_steps * result["step/render"])
 
     # ---- the update, each optimisation on and off
     ways = {}

@@ -327,6 +327,7 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--distractors=.", "--eval-settings", "video_hard"], "video_hard/"),
     (RL, [*NO_MASKER, "--eval-settings", "video_hard"], "video_hard needs DMControl-GB's media: --distractors"),
     (RL, [*NO_MASKER, "--device=cuda:99"], "cuda:99"),
+    (RL, [*NO_MASKER, "--cudagraphs", "--device=cpu"], "needs a CUDA GPU"),
     (RL, ["--evaluate=nowhere.pt"], "no such checkpoint"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
