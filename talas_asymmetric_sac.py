@@ -26,11 +26,10 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -104,17 +103,12 @@ class Args:
     wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
 
 
-def env_options(args: Args) -> dict:
-    return {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
-
-
 # ------------------------------------------------------------------------------------------------------------ the masker
 class Masker(nn.Module):
     """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. The network of talas_phase1.py, which explains it."""
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 48, 64)):
+    def __init__(self, fine: int = 16, middle: int = 48, coarse: int = 64):
         super().__init__()
-        fine, middle, coarse = widths
         self.stem = nn.Conv2d(3, fine, 4, stride=2, padding=1)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
@@ -139,16 +133,13 @@ class Masker(nn.Module):
 
 
 def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, str]:
-    """The frozen student or teacher, and its prompt. Without --masker-path, a missing one is made first, by Phases I and II.
-
-    Runs that start together wait for one another at a lock, so that the masker is made once. Raises UserError for one made for another task.
-    """
+    """The frozen student or teacher, and its prompt. Without --masker-path, a missing one is made first, by Phases I and II."""
     folder = Path(args.masker_path or f"runs/maskers/{args.env}")
     path = folder / f"{which}.pt"
     if not args.masker_path and not path.is_file():
         print(f"no {which} in {folder}: making one first (Phases I and II, some ten minutes on a CPU), or waiting for a run that does", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
+        with FileLock(folder / "lock"):  # runs that start together wait here for one another: the masker is made once
             begun = (folder / "teacher.pt").is_file() and (folder / "frames.npz").is_file()  # perhaps by hand, with a prompt of one's own
             scripts = ("talas_phase1.py",) * (not begun) + ("talas_phase2.py",) * (which == "student")
             for script in () if path.is_file() else scripts:
@@ -173,19 +164,17 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
 
 def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
     """(B, 3k, H, W) frames in [0, 255] -> (B, k, H, W) uint8 masks, 255 ψ(o): every frame of the stack on its own."""
-    batch, channels, height, width = stack.shape
     if masker is None:
-        return torch.full((batch, channels // 3, height, width), 255, dtype=torch.uint8, device=stack.device)
-    frames = stack.reshape(-1, 3, height, width).to(masker.stem.weight.dtype)  # bytes are exact in bf16
+        return torch.full_like(stack[:, ::3], 255, dtype=torch.uint8)
+    frames = stack.reshape(-1, 3, *stack.shape[2:]).to(masker.stem.weight.dtype)  # bytes are exact in bf16
     chunk = 96 if stack.device.type == "cpu" else len(frames)  # what a processor's cache holds: a sixth faster than 384 frames at once
     logits = torch.cat([masker(part) for part in frames.split(chunk)])
-    return (logits.sigmoid() * 255).round().byte().view(batch, channels // 3, height, width)
+    return (logits.sigmoid() * 255).round().byte().unflatten(0, (len(stack), -1))
 
 
 def apply_mask(stack: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """ψ(o) ⊙ o: (B, 3k, H, W) frames in [0, 255] and (B, k, H, W) masks in [0, 255] -> (B, 3k, H, W) of `dtype` in [0, 1]."""
-    product = stack.to(dtype).unflatten(1, (-1, 3)) * (mask / 255**2).to(dtype).unsqueeze(2)
-    return product.flatten(1, 2)
+    return (stack.to(dtype).unflatten(1, (-1, 3)) * (mask / 255**2).to(dtype).unsqueeze(2)).flatten(1, 2)
 
 
 def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
@@ -211,15 +200,14 @@ def orthogonal(module: nn.Module) -> None:
 class Encoder(nn.Sequential):
     """f: (B, 9, 84, 84) in [0, 1] -> (B, D). Black, which is what a mask leaves of the background, is zero."""
 
-    SHAPES: ClassVar[dict[str, list[tuple[int, int]]]] = {  # (kernel, stride) of each layer
-        "sada": [(3, 2), (3, 1), (3, 1), (3, 1)],  # D = 39,200
-        "medium": [(3, 2), (3, 2), (3, 1), (3, 1)],  # D = 8,192
-        "small": [(4, 4), (3, 2), (3, 1)],  # D = 2,048
-    }
-
     def __init__(self, channels: int, kind: str):
-        layers: list[nn.Module] = []
-        for i, (kernel, stride) in enumerate(self.SHAPES[kind]):
+        shapes = {  # (kernel, stride) of each layer
+            "sada": [(3, 2), (3, 1), (3, 1), (3, 1)],  # D = 39,200
+            "medium": [(3, 2), (3, 2), (3, 1), (3, 1)],  # D = 8,192
+            "small": [(4, 4), (3, 2), (3, 1)],  # D = 2,048
+        }
+        layers = []
+        for i, (kernel, stride) in enumerate(shapes[kind]):
             layers += [nn.Conv2d(32 if i else channels, 32, kernel, stride), nn.ReLU()]
         super().__init__(*layers, nn.Flatten())
         self.apply(orthogonal)
@@ -299,8 +287,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.photos, self.spaces = args, photos, (channels, proprio_dim, action_dim)
         self.encoder = Encoder(channels, args.encoder)
-        with torch.no_grad():
-            dims = (self.encoder(torch.zeros(1, channels, 84, 84)).shape[1], proprio_dim, action_dim, args.hidden_dim)
+        dims = (self.encoder(torch.zeros(1, channels, 84, 84)).shape[1], proprio_dim, action_dim, args.hidden_dim)
         self.actor, self.critic = Actor(*dims), Critic(*dims)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
@@ -334,16 +321,14 @@ class Agent(nn.Module):
 
     def critic_loss(self, z: list[torch.Tensor], batch: Batch, target_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """L_Q = ½ Σ_k Σ_v (Q_k(z_v, u) − y)², averaged over the batch; and Q (2, V·B). z: the views that the critic learns from."""
-        views = len(z)
-        q = self.critic(torch.cat(z), batch.proprio.repeat(views, 1), batch.action.repeat(views, 1))
-        return 0.5 * (q - target_q.repeat(views)).square().sum() / len(target_q), q
+        q = self.critic(torch.cat(z), batch.proprio.repeat(len(z), 1), batch.action.repeat(len(z), 1))
+        return 0.5 * (q - target_q.repeat(len(z))).square().sum() / len(target_q), q
 
     def actor_loss(self, z: list[torch.Tensor], proprio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """L_π = mean over views v of α log π(u_v|z_v) − min_k Q_k(z_c, u_v); and log π (V·B,). z: stop-gradient embeddings, the clean one first."""
-        views = len(z)
-        proprio = proprio.repeat(views, 1)
+        proprio = proprio.repeat(len(z), 1)
         action, log_prob, _ = self.actor(torch.cat(z), proprio)
-        judge = [z[0]] * views if self.args.actor_judge == "clean" else z  # the asymmetry: judged on the clean view
+        judge = [z[0]] * len(z) if self.args.actor_judge == "clean" else z  # the asymmetry: judged on the clean view
         q = self.critic(torch.cat(judge), proprio, action).min(0).values
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), log_prob.detach()
 
@@ -353,21 +338,19 @@ class Agent(nn.Module):
 
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One step of critic and encoder, actor, temperature and target. Returns metrics, still on the device."""
-        args = self.args
         with self.autocast(), torch.no_grad():
-            clean, augmented = self.views(batch.obs, batch.mask)
-            next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=args.shift), self.dtype)  # a shift of its own
+            views = [view for view in self.views(batch.obs, batch.mask) if view is not None]
+            next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=self.args.shift), self.dtype)  # a shift of its own
             target_q = self.target_q(self.encoder(next_clean), batch)
         with self.autocast():
-            pixels = clean if augmented is None else torch.cat([clean, augmented])
-            z = list(self.encoder(pixels).split(len(clean)))  # z_c, z_a in one pass
-            critic_loss, q = self.critic_loss(z if args.critic_views == "both" else z[:1], batch, target_q)
+            z = list(self.encoder(torch.cat(views)).split(len(batch.obs)))  # z_c, z_a in one pass
+            critic_loss, q = self.critic_loss(z if self.args.critic_views == "both" else z[:1], batch, target_q)
         self.critic_optimizer.zero_grad()
         critic_loss.backward()
         self.critic_optimizer.step()
 
         # The actor learns on the embeddings from before the encoder's step, detached: f is the critic's alone.
-        z = [view.detach() for view in (z if args.actor_views == "both" else z[:1])]
+        z = [view.detach() for view in (z if self.args.actor_views == "both" else z[:1])]
         with self.autocast():
             actor_loss, log_prob = self.actor_loss(z, batch.proprio)
         self.actor_optimizer.zero_grad()
@@ -379,7 +362,7 @@ class Agent(nn.Module):
         alpha_loss.backward()
         self.alpha_optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau)
+            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.args.tau)
         metrics = {"qf_loss": critic_loss, "qf_values": q.mean(), "actor_loss": actor_loss, "alpha_loss": alpha_loss}
         metrics |= {"alpha": self.log_alpha.exp(), "entropy": -log_prob.mean()}
         return {f"losses/{name}": value.detach() for name, value in metrics.items()}
@@ -433,69 +416,55 @@ class Replay:
     """
 
     def __init__(self, num_envs: int, capacity: int, pixels: tuple[int, int, int], proprio_dim: int, action_dim: int, device: torch.device):
-        def store(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:  # empty: the system hands out memory when it is written to
-            return torch.empty((num_envs * capacity, *shape), dtype=dtype, device=device)
-
-        self.capacity, self.stack, size = capacity, pixels[0] // 3, pixels[1:]
-        self.frames, self.masks = store(3, *size, dtype=torch.uint8), store(*size, dtype=torch.uint8)
-        self.proprio, self.actions, self.rewards, self.dones = store(proprio_dim), store(action_dim), store(), store()
-        self.first = torch.zeros(num_envs * capacity, dtype=torch.int64)  # the number of the first frame of this frame's episode
-        self.valid = torch.zeros(num_envs * capacity, dtype=torch.bool)  # does a whole transition start here?
+        self.capacity, self.stack, size, rows = capacity, pixels[0] // 3, pixels[1:], num_envs * capacity
+        empty = partial(torch.empty, device=device)  # the system hands out memory when it is written to
+        self.frames, self.masks = empty(rows, 3, *size, dtype=torch.uint8), empty(rows, *size, dtype=torch.uint8)
+        self.proprio, self.actions, self.rewards, self.dones = empty(rows, proprio_dim), empty(rows, action_dim), empty(rows), empty(rows)
+        self.age = torch.zeros(rows, dtype=torch.int64)  # how many frames of its episode came before this one
+        self.valid = torch.zeros(rows, dtype=torch.bool)  # does a whole transition start here?
         self.n = torch.zeros(num_envs, dtype=torch.int64)  # frames ever written
 
-    def _row(self, env: int | torch.Tensor, number: int | torch.Tensor) -> int | torch.Tensor:
-        return env * self.capacity + number % self.capacity
+    def _move(self, row: int | torch.Tensor, by: int | torch.Tensor) -> int | torch.Tensor:
+        return row - row % self.capacity + (row + by) % self.capacity  # `by` frames on in the same ring
 
     def add_frame(self, env: int, pixels: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, first: bool) -> None:
         """The newest frame of an observation: of pixels (9, H, W), masks (3, H, W) and proprio (P,)."""
-        n = int(self.n[env])
-        row = self._row(env, n)
-        for k in range(self.stack):  # what starts at the frame lost here, or stacks it, is no transition any more
-            self.valid[self._row(env, n + k)] = False
+        row = self._move(env * self.capacity, int(self.n[env]))
+        self.valid[self._move(row, torch.arange(self.stack))] = False  # what starts at the frame lost here, or stacks it, is no transition any more
         self.frames[row], self.masks[row], self.proprio[row] = pixels[-3:], mask[-1], proprio
-        self.first[row] = n if first else self.first[self._row(env, n - 1)]
+        self.age[row] = 0 if first else self.age[self._move(row, -1)] + 1
         self.n[env] += 1
 
     def add_step(self, env: int, action: np.ndarray, reward: float, terminated: bool, *next_observed: torch.Tensor) -> None:
         """The transition from the newest frame to the next observation. A truncated episode's last one is as good as any: it bootstraps."""
-        row = self._row(env, int(self.n[env]) - 1)
+        row = self._move(env * self.capacity, int(self.n[env]) - 1)
         self.actions[row], self.rewards[row], self.dones[row] = torch.from_numpy(action), reward, float(terminated)
         self.add_frame(env, *next_observed, first=False)
         self.valid[row] = True
 
-    def _stacks(self, envs: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Stacks (B, 3k, H, W), masks (B, k, H, W) and proprioception of frames by number; before an episode's first frame stands that frame."""
-        rows = self._row(envs, numbers)
-        numbers = torch.maximum(numbers[:, None] + torch.arange(1 - self.stack, 1), self.first[rows][:, None])  # (B, k)
-        stacked, rows = self._row(envs[:, None], numbers).to(self.frames.device), rows.to(self.frames.device)
+    def _stacks(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stacks (B, 3k, H, W), masks (B, k, H, W) and proprioception of frames by row; before an episode's first frame stands that frame."""
+        back = torch.maximum(torch.arange(1 - self.stack, 1), -self.age[rows, None])  # (B, k): -2, -1, 0, or to the episode's first
+        stacked, rows = self._move(rows[:, None], back).to(self.frames.device), rows.to(self.frames.device)
         frames, masks = (store.index_select(0, stacked.flatten()).unflatten(0, stacked.shape) for store in (self.frames, self.masks))
         return frames.flatten(1, 2), masks, self.proprio[rows]
 
     def sample(self, batch_size: int) -> Batch:
         valid = self.valid.nonzero().squeeze(1)
         rows = valid[torch.randint(len(valid), (batch_size,))]
-        envs, slots = rows // self.capacity, rows % self.capacity
-        newest = self.n[envs] - 1
-        numbers = newest - (newest - slots) % self.capacity  # of the frames that lie there now
-        obs, mask, proprio = self._stacks(envs, numbers)
-        next_obs, next_mask, next_proprio = self._stacks(envs, numbers + 1)
-        rows = rows.to(self.frames.device)
-        return Batch(obs, mask, proprio, self.actions[rows], self.rewards[rows], self.dones[rows], next_obs, next_mask, next_proprio)
+        here, next_rows = rows.to(self.frames.device), self._move(rows, 1)
+        return Batch(*self._stacks(rows), self.actions[here], self.rewards[here], self.dones[here], *self._stacks(next_rows))
 
 
 def remember(replay: Replay, actions, obs, rewards, terminated, truncated, info: dict, masker: Masker | None) -> tuple[torch.Tensor, ...]:
-    """A step of all environments into replay; returns what observe makes of `obs`.
-
-    Where an episode ended, `obs` is the next one's first observation already, and the last one comes in `info` (gymnasium's SAME_STEP).
-    """
+    """A step of all environments into replay; returns what observe makes of `obs`, which is the next episode's first where one ended (SAME_STEP)."""
     seen = observe(masker, obs, replay.frames.device)
     for i, newest in enumerate(zip(*seen, strict=True)):
-        if terminated[i] or truncated[i]:
-            last = (part[0] for part in observe(masker, info["final_obs"][i], replay.frames.device))
-            replay.add_step(i, actions[i], rewards[i], terminated[i], *last)
+        ended = terminated[i] or truncated[i]
+        reached = (part[0] for part in observe(masker, info["final_obs"][i], replay.frames.device)) if ended else newest
+        replay.add_step(i, actions[i], rewards[i], terminated[i], *reached)
+        if ended:
             replay.add_frame(i, *newest, first=True)
-        else:
-            replay.add_step(i, actions[i], rewards[i], False, *newest)
     return seen
 
 
@@ -541,13 +510,13 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
     """One episode of the mean policy of the agent in `path`, on the CPU: the return; whether it was a success (NaN: cannot be said); IoU, without
     and with a pixel of tolerance, of its masks with the simulator's at every fifth step; and of episode 0 the film, as (84, 252, 3) uint8."""
     (setting, episode), (agent, checkpoint) = job, load_checkpoint_once(path, args.precision if cpu_has_bf16() else "fp32")
-    env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))
+    env = make_env_once(args.env, setting, args.seed + 10_000, distractors=args.distractors, reward=args.reward, action_repeat=args.action_repeat)
     obs, info = env.reset(options={"episode": episode})
     total, ious, film, step, done = 0.0, [], [], 0, False
     while not done:
         pixels, mask, proprio = observe(agent.masker, obs, torch.device("cpu"))
         newest = mask[0, -1].numpy()
-        if episode == 0:
+        if episode == 0:  # camera, mask and what the agent sees, side by side
             frame, grey = obs["pixels"][-3:].transpose(1, 2, 0), newest[..., None]
             film.append(np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1))
         if checkpoint["prompt"] and step % 5 == 0:
@@ -559,10 +528,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
 
 
 def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: int, folder: Path | None) -> dict[str, float]:
-    """Undiscounted returns of a checkpoint's mean policy over `episodes` episodes of each setting, and its masks' IoU with the simulator's.
-
-    With a folder, the first episode of each setting is filmed there (what the camera sees, the mask, what the agent sees), and the table printed.
-    """
+    """Undiscounted returns and masks' IoU of a checkpoint's mean policy, by setting. With a folder, films go there, and a table is printed."""
     jobs = [(setting, episode) for setting in settings for episode in range(episodes)]
     # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
     # Spawned: EGL does not survive a fork.
@@ -578,9 +544,7 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
         figures |= {key: float(value) for key, value in optional.items() if not np.isnan(value)}
         table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{iou[0]:10.3f}{success:9.0%}".replace("nan%", "–").replace("nan", "–")
         if folder:
-            with imageio.get_writer(folder / f"{setting}.mp4", fps=25, macro_block_size=None) as writer:
-                for panel in films[0]:
-                    writer.append_data(panel.repeat(4, 0).repeat(4, 1))
+            imageio.mimwrite(folder / f"{setting}.mp4", [panel.repeat(4, 0).repeat(4, 1) for panel in films[0]], fps=25, macro_block_size=None)
     if folder:
         print(table)
     return figures
@@ -602,8 +566,9 @@ def main(args: Args) -> None:
         raise UserError("--track needs Weights & Biases: pip install wandb")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
+    options = {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
     for setting in dict.fromkeys((*settings, "train")):  # better an error now than after the training
-        env = make_env(args.env, setting, args.seed, **env_options(args))
+        env = make_env(args.env, setting, args.seed, **options)
         env.reset()
         env.close()
     device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
@@ -628,12 +593,9 @@ def main(args: Args) -> None:
     episodes = args.eval_episodes or max(1, min(10, total_steps // (2 * env.episode_steps)))
 
     # ---- the frozen maskers, the photographs, the agent
-    masker, clean_masker, prompt = None, None, None
-    if args.masker != "none":
-        masker, prompt = find_masker(args, args.masker, device)
-        clean_masker = masker if args.clean_masker in (None, args.masker) else find_masker(args, args.clean_masker, device)[0]
-    two_views = "both" in (args.critic_views, args.actor_views)
-    photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if two_views else None
+    masker, prompt = find_masker(args, args.masker, device) if args.masker != "none" else (None, None)
+    clean_masker = masker if args.clean_masker in (None, args.masker) else find_masker(args, args.clean_masker, device)[0]
+    photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if "both" in (args.critic_views, args.actor_views) else None
     agent = Agent(args, *spaces, masker, photos).to(device)
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs) // args.num_envs
     free = free_memory(device)
@@ -674,16 +636,15 @@ def main(args: Args) -> None:
     print(f"{args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}", flush=True)
 
     # ---- the loop
-    makers = [partial(make_env, args.env, "train", args.seed + 100_000 * i, **env_options(args)) for i in range(args.num_envs)]
+    makers = [partial(make_env, args.env, "train", args.seed + 100_000 * i, **options) for i in range(args.num_envs)]
     # SAME_STEP: an ended episode's last observation comes in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
     envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     envs.action_space.seed(args.seed)
-    obs, _ = envs.reset()
-    seen = observe(clean_masker, obs, device)
+    seen = observe(clean_masker, envs.reset()[0], device)
     for i, first in enumerate(zip(*seen, strict=True)):
         replay.add_frame(i, *first, first=True)
     started, step, updates, evaluation_seconds = time.time(), 0, 0, 0.0
-    totals, lengths, history = np.zeros(args.num_envs), np.zeros(args.num_envs, int), deque(maxlen=10)
+    totals, lengths, history = np.zeros(args.num_envs), np.zeros(args.num_envs, int), []
     bar = tqdm(total=total_steps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
 
     def learn() -> None:
@@ -712,7 +673,7 @@ def main(args: Args) -> None:
             writer.add_scalar("charts/episodic_return", totals[i], step)
             writer.add_scalar("charts/episodic_length", lengths[i], step)
             history.append(totals[i])
-            bar.set_postfix({"return": f"{totals[i]:.1f}", "mean of 10": f"{np.mean(history):.1f}"}, refresh=False)
+            bar.set_postfix({"return": f"{totals[i]:.1f}", "mean of 10": f"{np.mean(history[-10:]):.1f}"}, refresh=False)
             totals[i], lengths[i] = 0, 0
         if not args.overlap:
             learn()

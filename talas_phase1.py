@@ -35,10 +35,8 @@ from scipy.spatial.transform import Rotation
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import envs
-from envs import Setting, TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, parse_prompt, resolve_env_id, set_up_torch, task_row
-
-mujoco = envs.mujoco  # not imported above, because envs.py has to choose the GL backend first
+# mujoco comes from envs.py, which has to choose the GL backend before it is imported
+from envs import Setting, TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, mujoco, resolve_env_id, set_up_torch, task_row
 
 
 @dataclass
@@ -70,9 +68,8 @@ class Masker(nn.Module):
     pixels of a position at once. Edges need few features; telling a robot from a picture of a room needs depth where it is cheap, at 11×11.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 48, 64)):
+    def __init__(self, fine: int = 16, middle: int = 48, coarse: int = 64):
         super().__init__()
-        fine, middle, coarse = widths
         self.stem = nn.Conv2d(3, fine, 4, stride=2, padding=1)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)
@@ -101,28 +98,24 @@ def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor
     bce = F.binary_cross_entropy_with_logits(logits, target)
     if not reconstruction_coef:
         return bce, torch.zeros_like(bce)
-    reconstruction = ((logits.sigmoid() - target).unsqueeze(1) * frames / 255).square().mean()
-    return bce, reconstruction
+    return bce, ((logits.sigmoid() - target).unsqueeze(1) * frames / 255).square().mean()
 
 
 # ------------------------------------------------------------------------------------------------------------ the states to look at
 Kind = Literal["spread", "random", "good"]
 
 # Joint ranges (rad, m) by patterns of names. `spread`: for joints without limits; all others take their own. `good`: where a good policy keeps them.
-_LEGS = {"rooty": (-0.2, 0.2), "*_hip": (-0.3, 0.7), "*_knee": (-0.8, 0), "*_ankle": (-0.3, 0.3)}
-_STANDING = {"*_hip_joint": (-0.15, 0.15), "*_thigh_joint": (0.3, 1.2), "*_calf_joint": (-1.9, -0.92)}
 SPREAD = {"ball_in_cup_catch": {"cup_x": (-0.25, 0.25), "cup_z": (-0.2, 0.3), "ball_x": (-0.35, 0.35), "ball_z": (-0.15, 0.7)}}
 GOOD = {
     "cartpole_swingup": {"hinge_1": (-0.3, 0.3), "slider": (-0.8, 0.8)},
-    "walker_walk": _LEGS,
-    "walker_stand": _LEGS,
+    "walker_walk": {"rooty": (-0.2, 0.2), "*_hip": (-0.3, 0.7), "*_knee": (-0.8, 0), "*_ankle": (-0.3, 0.3)},
     "ball_in_cup_catch": {"ball_x": (-0.015, 0.015), "ball_z": (0.335, 0.4)},
     "finger_spin": {"proximal": (0.2, 1.2), "distal": (-1.2, 0.2), "hinge": (-3.2, 3.2)},
     "cheetah_run": {"rooty": (-0.3, 0.3), "[bf]*": (-0.4, 0.4)},
-    "unitree_walk": _STANDING,
-    "unitree_stand": _STANDING,
+    "unitree_walk": {"*_hip_joint": (-0.15, 0.15), "*_thigh_joint": (0.3, 1.2), "*_calf_joint": (-1.9, -0.92)},
     "pen": {"WRJ*": (-0.15, 0.15)},
 }
+GOOD |= {"walker_stand": GOOD["walker_walk"], "unitree_stand": GOOD["unitree_walk"]}
 ARM = {"AR*": (-2, 2), "WRJ*": (-2, 2)}  # Adroit's arm and wrist, to their limits; of many such poses the one nearest to the goal is taken
 GOALS = {"pen": ("S_grasp", "S_grasp"), "door": ("S_grasp", "S_handle"), "hammer": ("tool", "S_target"), "relocate": ("S_grasp", "target")}
 
@@ -146,20 +139,16 @@ def scatter_joints(env: TalasEnv, kind: Literal["spread", "good"], rng: np.rando
         elif joint == mujoco.mjtJoint.mjJNT_BALL and kind == "spread":
             data.qpos[q : q + 4] = Rotation.random(rng=rng).as_quat(scalar_first=True)
         elif span or (kind == "spread" and (model.jnt_limited[j] or joint == mujoco.mjtJoint.mjJNT_HINGE)):
-            low, high = model.jnt_range[j] if model.jnt_limited[j] else (-np.pi, np.pi)
-            low, high = (max(low, span[0]), min(high, span[1])) if span else (low, high)
+            limits = model.jnt_range[j] if model.jnt_limited[j] else (-np.pi, np.pi)
+            low, high = np.clip(span or limits, *limits)
             data.qpos[q] = (low + high) / 2 + width * (high - low) * rng.uniform(-0.5, 0.5)
         height = q if name == "rootz" else height
-    if height is not None:
-        data.qpos[height] += (0 if kind == "good" else rng.exponential(0.1)) - lowest_point(env)
-
-
-def lowest_point(env: TalasEnv) -> float:
-    """The height (m) of the robot's lowest point: over its geoms' boxes (centre, half sizes), along the world's z."""
-    mujoco.mj_kinematics(env.model, env.data)
-    robot = np.flatnonzero(env.model.geom_bodyid > 0)
-    up, box = env.data.geom_xmat[robot, 6:], env.model.geom_aabb[robot]
-    return float(np.min(env.data.geom_xpos[robot, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1)))
+    if height is not None:  # by its lowest point, over its geoms' boxes (centre, half sizes), along the world's z
+        mujoco.mj_kinematics(model, data)
+        robot = np.flatnonzero(model.geom_bodyid > 0)
+        up, box = data.geom_xmat[robot, 6:], model.geom_aabb[robot]
+        lowest = np.min(data.geom_xpos[robot, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1))
+        data.qpos[height] += (0 if kind == "good" else rng.exponential(0.1)) - lowest
 
 
 def place_object(env: TalasEnv, where: Literal["hand", "grip", "air", "table"], rng: np.random.Generator) -> None:
@@ -168,8 +157,7 @@ def place_object(env: TalasEnv, where: Literal["hand", "grip", "air", "table"], 
     body, palm = env.model.body("Object"), env.data.body("palm")
     axes = palm.xmat.reshape(3, 3)  # x to the index finger, -y out of the palm, z to the fingertips
     rest, turn = Rotation.from_quat(body.quat, scalar_first=True), Rotation.random(rng=rng)
-    spot = np.array([0.007, -0.05, 0.075]) + rng.normal(0, 0.03 if where == "hand" else 0.004, 3)  # the middle of a fist
-    position = palm.xpos + axes @ spot
+    position = palm.xpos + axes @ rng.normal((0.007, -0.05, 0.075), 0.03 if where == "hand" else 0.004)  # the middle of a fist
     if where == "air":
         position = rng.uniform((-0.2, -0.35, 0.1), (0.2, 0.2, 0.4))
     elif where == "table":  # flat, turned about the vertical
@@ -286,24 +274,15 @@ def collect(args: Args, prompt: str, counts: dict[Kind, int], settings: tuple[Se
 
 
 # ------------------------------------------------------------------------------------------------------------ the report
-@torch.no_grad()
-def predict(masker: Masker, frames: np.ndarray, device: torch.device) -> np.ndarray:
-    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches, in the precision of the training."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or envs.cpu_has_bf16()):
-        parts = [masker(torch.from_numpy(frames[i : i + 100]).to(device)) for i in range(0, len(frames), 100)]
-    return torch.cat(parts).float().sigmoid().cpu().numpy()
-
-
-def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, sheet: Path) -> dict[str, float]:
-    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well.
-
-    The sheet is a PNG to look at: a row per setting, frames of each kind of state and what the masker keeps of them.
-    """
+def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, bf16: bool, sheet: Path) -> dict[str, float]:
+    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well."""
     figures, rows, n = {}, [], len(tests["masks"])
-    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
+    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})  # for the sheet, some of each kind of state
     print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
     for key, frames in ((key, frames) for key, frames in tests.items() if key != "masks"):
-        pred = predict(masker, frames, device) > 0.5
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = torch.cat([masker(part.to(device)) for part in torch.from_numpy(frames).split(100)])
+        pred = (logits > 0).cpu().numpy()  # ψ > 0.5
         iou, iou_1px = (float(mask_iou(pred, tests["masks"], tolerance).mean()) for tolerance in (0, 1))
         print(f"{key:<14}{iou:>8.3f}{iou_1px:>10.3f}")
         figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
@@ -325,7 +304,6 @@ def main(args: Args) -> None:
     started = time.time()
     args.env = resolve_env_id(args.env)
     prompt = args.prompt or task_row(args.env).prompt
-    parse_prompt(prompt)
     device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
 
     if args.test_frames < 4 or (args.frames or 2) < 2:
@@ -387,7 +365,7 @@ def main(args: Args) -> None:
             bar.set_postfix(bce=f"{bce.item():.4f}", refresh=False)
 
     # ---- what came of it
-    figures = report(masker, tests, device, run / "masks.png")
+    figures = report(masker, tests, device, bf16, run / "masks.png")
     for key, value in figures.items():
         writer.add_scalar(key, value, args.steps)
     writer.close()

@@ -53,9 +53,8 @@ class Args:
 class Masker(nn.Module):
     """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. The network of talas_phase1.py, which explains it."""
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 48, 64)):
+    def __init__(self, fine: int = 16, middle: int = 48, coarse: int = 64):
         super().__init__()
-        fine, middle, coarse = widths
         self.stem = nn.Conv2d(3, fine, 4, stride=2, padding=1)  # 84×84 to 42×42
         self.down1 = nn.Conv2d(fine, middle, 3, stride=2, padding=1)  # 21×21
         self.conv1 = nn.Conv2d(middle, middle, 3, padding=1)

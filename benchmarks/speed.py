@@ -35,7 +35,7 @@ class Args:
     batch_size: int = 128  # transitions per update
     encoder: str = "sada"  # as talas_asymmetric_sac.py's
     repeats: int = 3  # rounds over everything that is compared
-    loop_steps: int = 60  # agent steps of each loop, an update every fourth
+    loop_steps: int = 60  # agent steps of each loop, an update for every four
     stored: tuple[int, int] = (1_000, 100_000)  # steps in replay between which the update's time should not grow
     sam: bool = True  # time segment-anything's ViT-B as well (its package and torchvision; random weights)
     device: str = "auto"  # cpu, cuda, ... or auto
@@ -111,13 +111,14 @@ def time_plain(args: Args, spaces: tuple[int, int, int]) -> dict[str, float]:
     return {f"{key}, pages given back": value for key, value in time_in_turn(ways, device, args.repeats).items()}
 
 
-def time_loop(args: Args, agent: talas.Agent, masker: talas.Masker, replay: talas.Replay, device: torch.device, overlap: bool, render: bool) -> float:
-    """Seconds per agent step of a loop like the script's, with an update every fourth step; without rendering, the update and the acting alone."""
-    envs = gym.vector.AsyncVectorEnv([partial(make_env, args.env)], context="spawn")
+def time_loop(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: int, overlap: bool, render: bool) -> float:
+    """Seconds per agent step of a loop like the script's, with an update every fourth; without rendering, the update and the acting alone."""
+    envs = gym.vector.AsyncVectorEnv([partial(make_env, args.env, seed=i) for i in range(num_envs)], context="spawn")
     obs, _ = envs.reset()
-    seen, began = talas.observe(masker, obs, device), time.perf_counter()
-    for step in range(args.loop_steps + 8):
-        if step == 8:
+    device, every, warm_up = replay.frames.device, max(1, 4 // num_envs), 8 // num_envs
+    seen, rounds = talas.observe(agent.masker, obs, device), args.loop_steps // num_envs
+    for i in range(rounds + warm_up):
+        if i == warm_up:
             sync(device)
             began = time.perf_counter()
         actions = agent.act(*seen, mean=False)
@@ -125,13 +126,13 @@ def time_loop(args: Args, agent: talas.Agent, masker: talas.Masker, replay: tala
             envs.step_async(actions)
         if not overlap and render:
             obs = envs.step_wait()[0]
-        if step % 4 == 3:
+        if i % every == every - 1:
             agent.update(replay.sample(args.batch_size))
         if overlap and render:
             obs = envs.step_wait()[0]
-        seen = talas.observe(masker, obs, device)
+        seen = talas.observe(agent.masker, obs, device)
     sync(device)
-    taken = (time.perf_counter() - began) / args.loop_steps
+    taken = (time.perf_counter() - began) / (rounds * num_envs)
     envs.close()
     return taken
 
@@ -200,13 +201,15 @@ def main(args: Args) -> None:
     result |= {f"update/{key}": value for key, value in updates.items()}
 
     # ---- the loop: what of the rendering is hidden behind the update
-    loops: dict[str, list[float]] = {"exact": [], "overlapped": [], "without rendering": []}
-    for _ in range(args.repeats):
-        for key, (overlap, render) in zip(loops, ((False, True), (True, True), (False, False)), strict=True):
-            loops[key].append(time_loop(args, agent, masker, replay, device, overlap, render))
-    result |= {f"loop/{key}": float(np.median(times)) for key, times in loops.items()}
-    exact, overlapped, without = (result[f"loop/{key}"] for key in loops)
-    result["ratio/rendering hidden behind the update"] = (exact - overlapped) / (exact - without)
+    for n in (1, 4):  # environments
+        loops: dict[str, list[float]] = {"exact": [], "overlapped": [], "without rendering": []}
+        for _ in range(args.repeats):
+            for key, (overlap, render) in zip(loops, ((False, True), (True, True), (False, False)), strict=True):
+                loops[key].append(time_loop(args, agent, replay, n, overlap, render))
+        exact, overlapped, without = (float(np.median(times)) for times in loops.values())
+        suffix = f"{n} environment{'s' * (n > 1)}"
+        result |= {f"loop/{key}, {suffix}": value for key, value in zip(loops, (exact, overlapped, without), strict=True)}
+        result[f"ratio/rendering hidden behind the update, {suffix}"] = (exact - overlapped) / (exact - without)
 
     # ---- the masker alone, beside the foundation model
     threads, stack = torch.get_num_threads(), one.obs.cpu()
