@@ -209,9 +209,12 @@ class Encoder(nn.Sequential):
         layers = []
         for i, (kernel, stride) in enumerate(shapes[kind]):
             layers += [nn.Conv2d(32 if i else channels, 32, kernel, stride), nn.ReLU()]
-        super().__init__(*layers, nn.Flatten())
+        super().__init__(*layers)
         self.apply(orthogonal)
         self.to(memory_format=torch.channels_last)  # after the initialisation: orthogonal_ cannot write into it
+
+    def forward(self, views: torch.Tensor) -> torch.Tensor:
+        return super().forward(views).permute(0, 2, 3, 1).flatten(1)  # in channels_last's own order: nn.Flatten would copy, and its gradient as well
 
 
 def trunk(embedding_dim: int) -> nn.Sequential:

@@ -648,7 +648,7 @@ def test_every_way_to_compute_gives_the_same_losses():
         size = np.abs(expected).mean()  # what a loss near zero is measured by
         for got in (contiguous, sampled):
             # In a few batches of this one sample a byte of its masks is rounded the other way, which shows; in a batch of 128 it would not.
-            np.testing.assert_allclose(got, expected, rtol=5e-4, atol=1e-5 * size)
+            np.testing.assert_allclose(got, expected, rtol=5e-4, atol=5e-4 * size)
             assert np.isclose(got, expected, rtol=1e-5, atol=1e-5 * size).mean() > 0.9
             assert abs(got.sum() - expected.sum()) < 1e-5 * np.abs(expected).sum()
         assert np.abs(bf16 - expected).mean() < 0.05 * size  # of one sample; of all two hundred as one batch 2%:
