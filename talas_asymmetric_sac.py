@@ -606,7 +606,7 @@ def main(args: Args) -> None:
     size = sum(store.nbytes for store in vars(replay).values() if torch.is_tensor(store)) / 1e9
     print(f"replay: at most {size:.1f} GB, as it fills, of {free:.1f} GB free" + (": too much; give a smaller --replay-size" if size > free else ""))
     if args.compile:
-        agent.update = torch.compile(agent.update)
+        agent.update = torch.compile(agent.update, options={"fallback_random": True})  # eager mode's random numbers, and so its losses
     update = GraphedUpdate(agent) if args.cudagraphs else agent.update
     learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
 

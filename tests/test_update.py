@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -653,6 +654,16 @@ def test_every_way_to_compute_gives_the_same_losses():
             assert abs(got.sum() - expected.sum()) < 1e-5 * np.abs(expected).sum()
         assert np.abs(bf16 - expected).mean() < 0.05 * size  # of one sample; of all two hundred as one batch 2%:
         assert abs(bf16.mean() - expected.mean()) < 0.02 * size
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_losses():
+    """--compile, as the script compiles: three updates that learn, from the same weights and random numbers."""
+    eager, compiled = make_agent(), make_agent()
+    compiled.update = torch.compile(compiled.update, options={"fallback_random": True})
+    for seed in range(3):
+        expected, got = (update(agent, make_batch(4, seed=seed), seed) for agent in (eager, compiled))
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ maskers
