@@ -96,7 +96,7 @@ class Args:
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True
     """simulate and render the next frame while the update runs, on a replay that lacks it; --no-overlap: one after the other, the textbook's order"""
-    compile: bool = False  # torch.compile the update (needs a C++ compiler, and a minute or two at the first update)
+    compile: bool = False  # torch.compile the update (needs g++ and Python's headers, and a minute or two at the first update)
     cudagraphs: bool = False  # CUDA only: the update as one CUDA graph. Off, as is --compile, because it has not been run on a GPU yet
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
     track: bool = False  # log to Weights & Biases as well

@@ -4,6 +4,8 @@ import functools
 import inspect
 import math
 import shutil
+import sysconfig
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -656,7 +658,10 @@ def test_every_way_to_compute_gives_the_same_losses():
         assert abs(bf16.mean() - expected.mean()) < 0.02 * size
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
 def test_compiled_losses():
     """--compile, as the script compiles: three updates that learn, from the same weights and random numbers."""
     eager, compiled = make_agent(), make_agent()
