@@ -103,6 +103,10 @@ class Args:
     wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
 
 
+def env_options(args: Args) -> dict:
+    return {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
+
+
 # ------------------------------------------------------------------------------------------------------------ the masker
 class Masker(nn.Module):
     """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. The network of talas_phase1.py, which explains it."""
@@ -159,7 +163,7 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
         raise UserError(f"{path}: not a masker ({type(error).__name__})") from None
     if made_for != args.env or size != 84:
         raise UserError(f"{path} was made for {made_for} at {size} pixels, not for {args.env} at 84")
-    return masker.requires_grad_(False).to(device, torch.bfloat16 if args.precision == "bf16" else None, memory_format=torch.channels_last), prompt
+    return masker.requires_grad_(False).to(device, memory_format=torch.channels_last), prompt
 
 
 def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
@@ -300,7 +304,7 @@ class Agent(nn.Module):
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
-        self.masker = masker  # the deployed one, frozen
+        self.masker = masker and masker.to(self.dtype)  # the deployed one, frozen: cast once
 
     def autocast(self) -> torch.autocast:
         """bf16 where asked for. Without the cache of cast weights: the actor would be judged by the critic from before its step."""
@@ -513,7 +517,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
     """One episode of the mean policy of the agent in `path`, on the CPU: the return; whether it was a success (NaN: cannot be said); IoU, without
     and with a pixel of tolerance, of its masks with the simulator's at every fifth step; and of episode 0 the film, as (84, 252, 3) uint8."""
     (setting, episode), (agent, checkpoint) = job, load_checkpoint_once(path, args.precision if cpu_has_bf16() else "fp32")
-    env = make_env_once(args.env, setting, args.seed + 10_000, distractors=args.distractors, reward=args.reward, action_repeat=args.action_repeat)
+    env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))
     obs, info = env.reset(options={"episode": episode})
     total, ious, film, step, done = 0.0, [], [], 0, False
     while not done:
@@ -569,9 +573,8 @@ def main(args: Args) -> None:
         raise UserError("--track needs Weights & Biases: pip install wandb")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
-    options = {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
     for setting in dict.fromkeys((*settings, "train")):  # better an error now than after the training
-        env = make_env(args.env, setting, args.seed, **options)
+        env = make_env(args.env, setting, args.seed, **env_options(args))
         env.reset()
         env.close()
     device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
@@ -600,6 +603,7 @@ def main(args: Args) -> None:
     clean_masker = masker if args.clean_masker in (None, args.masker) else find_masker(args, args.clean_masker, device)[0]
     photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if "both" in (args.critic_views, args.actor_views) else None
     agent = Agent(args, *spaces, masker, photos).to(device)
+    clean_masker = clean_masker and clean_masker.to(agent.dtype)  # as the agent did with its own
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs) // args.num_envs
     free = free_memory(device)
     replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
@@ -635,11 +639,11 @@ def main(args: Args) -> None:
             evaluations.writerow([step, key, f"{value:.4f}"])
         return figures
 
-    print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} frames; masker")
-    print(f"{args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}", flush=True)
+    print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} frames")
+    print(f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}", flush=True)
 
     # ---- the loop
-    makers = [partial(make_env, args.env, "train", args.seed + 100_000 * i, **options) for i in range(args.num_envs)]
+    makers = [partial(make_env, args.env, "train", args.seed + 100_000 * i, **env_options(args)) for i in range(args.num_envs)]
     # SAME_STEP: an ended episode's last observation comes in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
     envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     envs.action_space.seed(args.seed)

@@ -1,6 +1,6 @@
 """Where the time goes: one command, one table. Medians, after a warm-up; what is compared within the update and the loop is timed in turn.
 
-    python benchmarks/speed.py                 walker_walk, batch 128; some five minutes on two cores, most of them for the slow ways
+    python benchmarks/speed.py                 walker_walk, batch 128; some nine minutes on two cores, most of them for the slow ways
     python benchmarks/speed.py --no-sam        without the foundation model, whose image encoder takes ten seconds and more a frame on a CPU
 
 The masker and the agent have random weights: how long they take does not depend on what they have learned. Writes <output>/<device>.json.
@@ -85,8 +85,7 @@ def fill(replay: talas.Replay, steps: int, episode: int = 250) -> None:
 
 def build(args: Args, spaces: tuple[int, int, int], photos: torch.Tensor, masked: bool, precision: str, channels_last: bool) -> talas.Agent:
     """An agent with random weights, on the photographs' device, as talas_asymmetric_sac.py makes it; or in the contiguous layout."""
-    dtype = torch.bfloat16 if precision == "bf16" else None
-    masker = talas.Masker().requires_grad_(False).to(dtype) if masked else None
+    masker = talas.Masker().requires_grad_(False) if masked else None
     flags = talas.Args(precision=precision, encoder=args.encoder, masker="student" if masked else "none")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return talas.Agent(flags, *spaces, masker, photos).to(photos.device, memory_format=layout)

@@ -651,10 +651,10 @@ def test_every_way_to_compute_gives_the_same_losses():
         size = np.abs(expected).mean()  # what a loss near zero is measured by
         for got in (contiguous, sampled):
             # In a few batches of this one sample a byte of its masks is rounded the other way, which shows; in a batch of 128 it would not.
-            np.testing.assert_allclose(got, expected, rtol=5e-4, atol=5e-4 * size)
-            assert np.isclose(got, expected, rtol=1e-5, atol=1e-5 * size).mean() > 0.9
+            np.testing.assert_allclose(got, expected, rtol=2e-4, atol=5e-5 * size)
+            assert np.isclose(got, expected, rtol=1e-5, atol=1e-5 * size).mean() > 0.97
             assert abs(got.sum() - expected.sum()) < 1e-5 * np.abs(expected).sum()
-        assert np.abs(bf16 - expected).mean() < 0.05 * size  # of one sample; of all two hundred as one batch 2%:
+        assert np.abs(bf16 - expected).mean() < 0.03 * size  # of one sample; of all two hundred as one batch 2%:
         assert abs(bf16.mean() - expected.mean()) < 0.02 * size
 
 
@@ -741,12 +741,14 @@ def test_save_atomically(module, tmp_path):
     assert np.load(path)["a"].tolist() == [0, 1, 2]
 
 
-def test_checkpoint_round_trip(tmp_path):
-    """A saved agent comes back with the same action; a half-written checkpoint never lies under the name."""
-    agent, batch = make_agent(), make_batch()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpoint_round_trip(tmp_path, precision):
+    """A saved agent comes back with the same action, its masker in the precision that it had; a half-written checkpoint never lies under the name."""
+    agent, batch = make_agent(precision=precision), make_batch()
     rl.save_checkpoint(tmp_path / "checkpoint.pt", agent, 7, "the walker")
     other, checkpoint = rl.load_checkpoint(tmp_path / "checkpoint.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert (checkpoint["args"], checkpoint["step"], checkpoint["prompt"]) == (agent.args, 7, "the walker")
     observation = batch.obs[:1], batch.mask[:1], batch.proprio[:1]
     np.testing.assert_array_equal(other.act(*observation, mean=True), agent.act(*observation, mean=True))
+    assert other.masker.stem.weight.dtype == agent.masker.stem.weight.dtype == agent.dtype
