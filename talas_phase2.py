@@ -28,7 +28,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, UserError, augment, cpu_has_bf16, load_photographs, mask_iou, resolve_env_id, set_up_torch, task_row
+from envs import Augmentation, UserError, augment, load_photographs, mask_iou, resolve_env_id, set_up_torch, task_row
 
 
 @dataclass
@@ -110,14 +110,14 @@ def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
 
 # ------------------------------------------------------------------------------------------------------------ the report
 @torch.no_grad()
-def predict(masker: Masker, frames: np.ndarray, device: torch.device) -> np.ndarray:
+def predict(masker: Masker, frames: np.ndarray, device: torch.device, bf16: bool) -> np.ndarray:
     """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches, in the precision of the training."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or cpu_has_bf16()):
-        parts = [masker(torch.from_numpy(frames[i : i + 100]).to(device)) for i in range(0, len(frames), 100)]
-    return torch.cat(parts).float().sigmoid().cpu().numpy()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits = torch.cat([masker(part.to(device)) for part in torch.from_numpy(frames).split(100)])
+    return logits.float().sigmoid().cpu().numpy()
 
 
-def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, sheet: Path) -> dict[str, float]:
+def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, bf16: bool, sheet: Path) -> dict[str, float]:
     """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well.
 
     The sheet is a PNG to look at: a row per setting, frames of each kind of state and what the masker keeps of them.
@@ -126,7 +126,7 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, s
     chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
     print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
     for key, frames in ((key, frames) for key, frames in tests.items() if key != "masks"):
-        pred = predict(masker, frames, device) > 0.5
+        pred = predict(masker, frames, device, bf16) > 0.5
         iou, iou_1px = (float(mask_iou(pred, tests["masks"], tolerance).mean()) for tolerance in (0, 1))
         print(f"{key:<14}{iou:>8.3f}{iou_1px:>10.3f}")
         figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
@@ -166,7 +166,7 @@ def main(args: Args) -> None:
     print(f"Phase II on {args.env}: {len(frames):,} frames, augmentation {args.augmentation}", flush=True)
     teacher.to(device, memory_format=torch.channels_last)
     # ψ_T(o) once for every clean frame: neither the frames nor the frozen teacher change. Bytes, so that 5,000 masks are 35 MB.
-    masks_t = torch.from_numpy((predict(teacher, frames, device) * 255).round().astype(np.uint8)).unsqueeze(1)  # (N, 1, H, W)
+    masks_t = torch.from_numpy((predict(teacher, frames, device, bf16) * 255).round().astype(np.uint8)).unsqueeze(1)  # (N, 1, H, W)
     frames_t = torch.from_numpy(frames)  # (N, 3, H, W) uint8
     student = Masker()
     student.load_state_dict(checkpoint["state_dict"])
@@ -196,9 +196,9 @@ def main(args: Args) -> None:
 
     # ---- what came of it
     print("\nthe teacher", end="")
-    figures = {f"teacher_{key}": value for key, value in report(teacher, tests, device, run / "teacher_masks.png").items()}
+    figures = {f"teacher_{key}": value for key, value in report(teacher, tests, device, bf16, run / "teacher_masks.png").items()}
     print("\nthe student", end="")
-    figures |= report(student, tests, device, run / "masks.png")
+    figures |= report(student, tests, device, bf16, run / "masks.png")
     for key, value in figures.items():
         writer.add_scalar(key, value, args.steps)
     writer.close()

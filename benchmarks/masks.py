@@ -15,6 +15,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from envs import cpu_has_bf16
 from talas_phase2 import Masker, predict
 
 
@@ -39,7 +40,7 @@ def main(args: Args) -> None:
             chosen, cells = [n // 8, 5 * n // 8, 7 * n // 8], []
             for setting in args.settings:
                 frames = archive[f"test_{setting}"][chosen]
-                kept = (frames * (predict(masker, frames, torch.device("cpu")) > 0.5)[:, None]).astype(np.uint8)
+                kept = (frames * (predict(masker, frames, torch.device("cpu"), cpu_has_bf16()) > 0.5)[:, None]).astype(np.uint8)
                 cells += [image for pair in zip(frames, kept, strict=True) for image in pair]
         rows.append(np.concatenate(cells, axis=2))
         for phase in ("phase1", "phase2"):
