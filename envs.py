@@ -19,12 +19,15 @@ import fnmatch
 import io
 import os
 import re
+import signal
 import sys
 import urllib.error
 import urllib.request
 import warnings
 import weakref
+import zipfile
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,6 +77,61 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
             ctypes.CDLL(None).mallopt(option, value)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: costs a tenth of the time, and all of replay's memory at once
     return device, device.type == "cuda" or cpu_has_bf16()
+
+
+# Files and processes. What is written is there whole or not at all; what is read is data, never code; who is started ends with who started it.
+FORMAT = 3  # of maskers and checkpoints
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file under a temporary name, put it onto the disk and rename it. Raises OSError, and leaves nothing, where that fails."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # the suffix stays: numpy and ffmpeg go by it
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's, when the disk is full
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, partial(torch.save, {**content, "format": FORMAT}))
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What save_tensors wrote, on the CPU. No code is run; checksums are compared, which torch does not. Raises whatever a damaged file leads to."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"damaged at {damaged}")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"its format is {content.get('format')}, and this version's {FORMAT}")
+    return content
+
+
+def end_with_parent() -> None:
+    """In a process just started: be killed when the one that started it ends, SIGKILL included. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def start_worker() -> None:
+    """What a worker process begins with: its parent keeps its cores busy with others, and is the one to decide when they end."""
+    end_with_parent()
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def spare_workers() -> Iterator[None]:
+    """Processes started in here never see Ctrl-C, which a terminal sends to all: it is for their parent, which gets it at the end of this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cpu_has_bf16() -> bool:
@@ -457,6 +515,7 @@ class TalasEnv(gym.Env):
         frame_stack: int = 3,
         reward: Literal["dense", "sparse"] = "dense",
         action_repeat: int | None = None,
+        first_episode: int = 0,
     ):
         if setting not in SETTINGS:
             raise UserError(f"unknown setting {setting!r}: choose from {', '.join(SETTINGS)}")
@@ -485,7 +544,7 @@ class TalasEnv(gym.Env):
         self._renderer: mujoco.Renderer | None = None
         self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
-        self._episode, self._step = -1, 0
+        self._episode, self._step = first_episode - 1, 0
         self.action_space = gym.spaces.Box(-1, 1, (self.task.action_size,), np.float32)
         pixels = gym.spaces.Box(0, 255, (3 * frame_stack, image_size, image_size), np.uint8)
         self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=gym.spaces.Box(-np.inf, np.inf, self.task.proprio().shape, np.float32))
@@ -614,6 +673,11 @@ class TalasEnv(gym.Env):
 
 
 make_env = TalasEnv
+
+
+def make_env_in_worker(*args: Any, **kwargs: Any) -> TalasEnv:
+    start_worker()
+    return make_env(*args, **kwargs)
 
 
 def parse_prompt(prompt: str) -> list[str]:

@@ -18,15 +18,23 @@ The last line is the asymmetry: an action chosen from the augmented view is judg
 
 import copy
 import csv
+import gc
 import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -38,11 +46,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, Setting, UserError, augment, cpu_has_bf16, load_photographs, make_env, mask_iou, resolve_env_id, set_up_torch
+import envs
+from envs import Augmentation, Setting, UserError, augment, make_env, mask_iou
 
 
 @dataclass
@@ -89,6 +98,9 @@ class Args:
     eval_every: int = 25_000  # agent steps between evaluations; one always ends the run
     eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10, or half as many as a short run has
     eval_settings: tuple[Setting, ...] | None = None  # by default train, video_easy, video_hard; without --distractors train, procedural
+    resume: str | None = None
+    """the folder of an interrupted run, to go on from its last checkpoint; auto: the run that this same command began, if there is one"""
+    checkpoint_every: int = 2500  # agent steps between checkpoints, each at the next end of an episode; replay, all of it, lies on the disk as well
     exp_name: str = "talas"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -150,12 +162,12 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
                 names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if script == "talas_phase1.py" else ())
                 flags = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name))]
                 print(f"$ python {script} {' '.join(flags)}", flush=True)
-                if subprocess.run([sys.executable, Path(__file__).with_name(script), *flags]).returncode:
+                if subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], preexec_fn=envs.end_with_parent).returncode:
                     raise UserError(f"{script} failed (see above); no masker, no training. --masker none does without")
     if not path.is_file():
         raise UserError(f"{path}: no such masker; make it with talas_phase1.py and talas_phase2.py")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = envs.load_tensors(path)
         masker = Masker()
         masker.load_state_dict(checkpoint["state_dict"])
         made_for, size, prompt = checkpoint["env_id"], checkpoint["image_size"], checkpoint["prompt"]
@@ -302,6 +314,7 @@ class Agent(nn.Module):
         self.critic_optimizer = adam([*self.encoder.parameters(), *self.critic.parameters()], lr=args.critic_lr)
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
+        self.optimizers = (self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer)
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
         self.masker = masker and masker.to(self.dtype)  # the deployed one, frozen: cast once
@@ -382,28 +395,12 @@ class Agent(nn.Module):
         return (mean_action if mean else sample).cpu().numpy()
 
 
-class GraphedUpdate:
-    """agent.update as one CUDA graph: one launch instead of a thousand. The first three calls are eager, the warm-up that capturing asks for."""
+def graphed(agent: Agent) -> Callable[[Batch], dict[str, torch.Tensor]]:
+    """agent.update as one CUDA graph: one launch instead of a thousand. A graph reads tensors, so a batch is handed to it field by field."""
+    from tensordict.nn import CudaGraphModule  # takes a second or two
 
-    def __init__(self, agent: Agent):
-        self.agent, self.calls, self.graph, self.side = agent, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
-        self.calls += 1
-        if self.calls <= 3:
-            self.side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side):
-                metrics = self.agent.update(batch)
-            torch.cuda.current_stream().wait_stream(self.side)
-            return metrics
-        if self.calls == 4:
-            self.batch = batch  # whose memory the graph reads from now on
-            with torch.cuda.graph(self.graph):  # records, and runs nothing
-                self.metrics = self.agent.update(batch)
-        for name, recorded in vars(self.batch).items():
-            recorded.copy_(getattr(batch, name))
-        self.graph.replay()
-        return self.metrics
+    graph = CudaGraphModule(lambda *fields: agent.update(Batch(*fields)), warmup=4)
+    return lambda batch: graph(*vars(batch).values())
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
@@ -449,6 +446,26 @@ class Replay:
         self.add_frame(env, *next_observed, first=False)
         self.valid[row] = True
 
+    STORES = ("frames", "masks", "proprio", "actions", "rewards", "dones", "age", "valid")
+
+    def written_since(self, before: list[int]) -> dict[str, torch.Tensor]:
+        """For a file: what ring i has gained since it had seen before[i] frames, and the last of these, whose transition was not known yet."""
+        numbers = [torch.arange(max(0, old - 1, new - self.capacity), new) for old, new in zip(before, self.n.tolist(), strict=True)]
+        env, number = torch.cat([torch.full_like(part, i) for i, part in enumerate(numbers)]), torch.cat(numbers)
+        rows = env * self.capacity + number % self.capacity
+        return {"env": env, "number": number} | {key: getattr(self, key)[rows.to(getattr(self, key).device)].cpu() for key in self.STORES}
+
+    def restore(self, written: dict[str, torch.Tensor]) -> None:
+        """What written_since returned, in the same order."""
+        env, number = written["env"], written["number"]
+        rows = env * self.capacity + number % self.capacity
+        for key in self.STORES:
+            store = getattr(self, key)
+            store[rows.to(store.device)] = written[key].to(store.device)
+        self.n.scatter_reduce_(0, env, number + 1, "amax")
+        for i, n in enumerate(self.n.tolist()):
+            self.valid[self._move(i * self.capacity, n + torch.arange(self.stack - 1))] = False  # as add_frame does
+
     def _stacks(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stacks (B, 3k, H, W), masks (B, k, H, W) and proprioception of frames by row; before an episode's first frame stands that frame."""
         back = torch.maximum(torch.arange(1 - self.stack, 1), -self.age[rows, None])  # (B, k): -2, -1, 0, or to the episode's first
@@ -484,39 +501,135 @@ def free_memory(device: torch.device) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
-def save_checkpoint(path: Path, agent: Agent, step: int, prompt: str | None) -> None:
-    """Written under a temporary name, then renamed: nobody ever finds half a checkpoint."""
-    weights = {name: module.state_dict() for name, module in agent.named_children()} | {"log_alpha": agent.log_alpha.detach()}
-    temporary = path.with_suffix(".tmp")
-    torch.save({"version": 2, "args": asdict(agent.args), "spaces": agent.spaces, "step": step, "prompt": prompt, "weights": weights}, temporary)
-    os.replace(temporary, path)
+def save_agent(path: Path, agent: Agent, step: int, prompt: str | None) -> None:
+    """What --evaluate takes: the agent, with its masker and its arguments."""
+    content = {"args": asdict(agent.args), "spaces": agent.spaces, "step": step, "prompt": prompt, "weights": agent.state_dict()}
+    envs.save_tensors(path, content)
 
 
-def load_checkpoint(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
+def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
     """The agent, on the CPU, in its own or another precision, and the rest: args, step, prompt."""
     if not path.is_file():
         raise UserError(f"--evaluate {path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = envs.load_tensors(path)
         args = Args(**checkpoint["args"])
         checkpoint["args"] = args = replace(args, precision=precision or args.precision)
-        masker = None if args.masker == "none" else Masker().to(memory_format=torch.channels_last)
-        agent = Agent(args, *checkpoint["spaces"], masker, None)
-        for name, module in agent.named_children():
-            module.load_state_dict(checkpoint["weights"][name])
+        agent = Agent(args, *checkpoint["spaces"], None if args.masker == "none" else Masker().to(memory_format=torch.channels_last), None)
+        agent.load_state_dict(checkpoint["weights"])
         return agent, checkpoint
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"--evaluate {path}: not a checkpoint of this script ({type(error).__name__})") from None
+        raise UserError(f"--evaluate {path}: not a checkpoint of this script ({error or type(error).__name__})") from None
+
+
+@dataclass
+class Progress:
+    """What the loop counts."""
+
+    step: int = 0  # agent steps
+    updates: int = 0
+    seconds: float = 0.0  # of the loop, evaluations among them
+    evaluating: float = 0.0  # seconds of evaluations
+    returns: list[float] = field(default_factory=list)  # of the last ten episodes
+    episodes: list[int] = field(default_factory=list)  # by environment, the episode that it plays
+    started: list[bool] = field(default_factory=list)  # is that episode's first frame in replay already?
+    frames: list[int] = field(default_factory=list)  # by environment, how many frames of replay are on the disk
+    sizes: list[int] = field(default_factory=lambda: [0, 0])  # of the two tables, in bytes: what comes after a checkpoint is written again
+
+
+def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, actions: gym.Space, before: list[int]) -> None:
+    """RUN/resume/<step>.state.pt, and in <step>.replay.pt what replay has gained since `before`. The newest two states stay, and what they need."""
+    folder.mkdir(exist_ok=True)
+    envs.save_tensors(folder / f"{progress.step:010}.replay.pt", replay.written_since(before))
+    state = {"progress": asdict(progress), "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
+    # All the chance there is in this process; episodes draw theirs from (seed, episode).
+    state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "actions": actions.np_random.bit_generator.state}
+    envs.save_tensors(folder / f"{progress.step:010}.state.pt", state)
+    states = sorted(folder.glob("[0-9]*.state.pt"))
+    oldest = int(states[-2:][0].name[:10])
+    outlived = [
+        path for path in folder.glob("[0-9]*.replay.pt") if oldest - int(path.name[:10]) >= replay.capacity * len(replay.n)
+    ]  # overwritten since
+    for path in states[:-2] + outlived:
+        path.unlink()
+
+
+def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -> Progress | None:
+    """Bring agent, replay and chance to where the newest state that can be read left them; None if there is none at all."""
+    states = sorted(folder.glob("[0-9]*.state.pt"), reverse=True)
+    for path in states:
+        try:
+            state = envs.load_tensors(path)
+            replay.n.zero_()
+            replay.valid.zero_()
+            for part in sorted(folder.glob("[0-9]*.replay.pt")):
+                if part.name[:10] <= path.name[:10]:
+                    replay.restore(envs.load_tensors(part))
+            agent.load_state_dict(state["agent"])
+            for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(content)
+            torch.set_rng_state(state["torch"])
+            torch.cuda.set_rng_state_all(state["cuda"])
+            actions.np_random.bit_generator.state = state["actions"]
+            for newer in folder.iterdir():
+                if newer.name[:10] > path.name[:10]:
+                    newer.unlink()  # it could not be read, and would count as a generation
+            return Progress(**state["progress"])
+        except Exception as error:  # damaged files fail in many ways
+            print(f"warning: {path} cannot be used ({error or type(error).__name__})", flush=True)
+    if states:
+        raise UserError(f"{folder}: none of its checkpoints can be used")
+    return None
+
+
+def open_run(run: Path, args: Args, cleanup: ExitStack) -> None:
+    """A run's folder, and nobody else's meanwhile."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        cleanup.enter_context(FileLock(run / "lock", timeout=0))
+        for unfinished in run.rglob(".[0-9]*-*"):  # what a process was writing when it was killed
+            unfinished.unlink()
+        (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    except Timeout:
+        raise UserError(f"{run}: another process is at this run") from None
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written ({error.strerror})") from None
+
+
+def find_run(args: Args) -> Path | None:
+    """The folder of the run to go on with: the one asked for, or for auto the newest in runs/ that was given these arguments, if there is one."""
+    if args.resume != "auto":
+        return Path(args.resume)
+    asked = json.loads(json.dumps(asdict(args))) | {"precision": None, "resume": None}  # auto becomes what it stands for
+    for path in sorted(Path("runs").glob(f"{args.env}__{args.exp_name}__{args.seed}__*/args.json"), reverse=True):
+        with suppress(ValueError):
+            if not path.parent.name.endswith("__evaluate") and json.loads(path.read_text()) | {"precision": None, "resume": None} == asked:
+                return path.parent
+    return None
+
+
+@contextmanager
+def saving(what: str, said: set[str] = set()) -> Iterator[None]:  # noqa: B006
+    """A disk that is full or gone costs what cannot be written, not the run. Says so once."""
+    try:
+        yield
+    except (TimeoutError, ConnectionError):
+        raise  # these are a worker's
+    except OSError as error:
+        if what not in said:
+            tqdm.write(f"warning: {what} cannot be written ({error}); going on without", file=sys.stderr)
+        said.add(what)
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
-load_checkpoint_once, make_env_once = lru_cache(1)(load_checkpoint), lru_cache(make_env)  # once per process, whatever it plays
+PATIENCE = 300  # seconds that a worker may take for a step; for an episode, three times as long
+load_agent_once, make_env_once = lru_cache(1)(load_agent), lru_cache(make_env)  # once per process, whatever it plays
 
 
 def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float, list[list[float]], list[np.ndarray]]:
     """One episode of the mean policy of the agent in `path`, on the CPU: the return; whether it was a success (NaN: cannot be said); IoU, without
     and with a pixel of tolerance, of its masks with the simulator's at every fifth step; and of episode 0 the film, as (84, 252, 3) uint8."""
-    (setting, episode), (agent, checkpoint) = job, load_checkpoint_once(path, args.precision if cpu_has_bf16() else "fp32")
+    (setting, episode), (agent, checkpoint) = job, load_agent_once(path, args.precision if envs.cpu_has_bf16() else "fp32")
     env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))
     obs, info = env.reset(options={"episode": episode})
     total, ious, film, step, done = 0.0, [], [], 0, False
@@ -539,8 +652,11 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
     jobs = [(setting, episode) for setting in settings for episode in range(episodes)]
     # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
     # Spawned: EGL does not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count(), 16), torch.set_num_threads, (1,)) as pool:
-        played = pool.map(partial(play, path, args), jobs, chunksize=1)
+    pool = ProcessPoolExecutor(min(len(jobs), os.cpu_count(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
+    with envs.spare_workers():
+        futures = [pool.submit(play, path, args, job) for job in jobs]
+    played = [future.result(timeout=3 * PATIENCE) for future in futures]
+    pool.shutdown()
     figures, table = {}, f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}"
     for i, setting in enumerate(settings):
         totals, successes, ious, films = zip(*played[i * episodes : (i + 1) * episodes], strict=True)
@@ -551,57 +667,31 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
         figures |= {key: float(value) for key, value in optional.items() if not np.isnan(value)}
         table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{iou[0]:10.3f}{success:9.0%}".replace("nan%", "–").replace("nan", "–")
         if folder:
-            imageio.mimwrite(folder / f"{setting}.mp4", [panel.repeat(4, 0).repeat(4, 1) for panel in films[0]], fps=25, macro_block_size=None)
+            film = [panel.repeat(4, 0).repeat(4, 1) for panel in films[0]]
+            with saving("a film"):
+                envs.write_whole(folder / f"{setting}.mp4", partial(imageio.mimwrite, ims=film, fps=25, macro_block_size=None))
     if folder:
         print(table)
     return figures
 
 
-# ------------------------------------------------------------------------------------------------------------ main
-def main(args: Args) -> None:
-    if args.evaluate:  # the agent's own arguments, but for what this evaluation was asked for
-        checkpoint, keys = load_checkpoint(Path(args.evaluate))[1], ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision")
-        own = replace(checkpoint["args"], device="cpu", cudagraphs=False)  # episodes are played on the CPU, wherever the agent was trained
-        args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
-    args.env = resolve_env_id(args.env)
-    if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
-        raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
-    counts = (args.total_timesteps, args.batch_size, args.eval_every, args.eval_episodes or 1, args.num_envs)
-    if min(counts) < 1 or args.replay_size < 100 * args.num_envs:
-        raise UserError("--total-timesteps, --batch-size, --eval-... and --num-envs: at least 1; --replay-size: at least 100 per environment")
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise UserError("--track needs Weights & Biases: pip install wandb")
-    distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
-    settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
-    for setting in dict.fromkeys((*settings, "train")):  # better an error now than after the training
-        env = make_env(args.env, setting, args.seed, **env_options(args))
-        env.reset()
-        env.close()
-    device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
-    if args.cudagraphs and device.type != "cuda":
-        raise UserError(f"--cudagraphs: needs a CUDA GPU, and --device {args.device} is {device} here")
-    if args.precision == "auto":
-        args.precision = "bf16" if bf16 else "fp32"
-
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # runs that start in the same second get folders of their own
-    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if args.evaluate else ''}")
-    if args.evaluate:
-        run.mkdir(parents=True)
-        (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        figures = evaluate(Path(args.evaluate), args, settings, args.eval_episodes or 10, run)
-        (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))
-        print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
-        return
-
+# ------------------------------------------------------------------------------------------------------------ the loop
+def train(args: Args, run: Path, settings: tuple[Setting, ...], device: torch.device, cleanup: ExitStack) -> None:
+    """From the beginning, or from where the run's last checkpoint left it, to the end. What has to be closed, whatever happens, goes to cleanup."""
+    env = make_env(args.env, "train", args.seed, **env_options(args))  # to ask for its sizes
     total_steps = -(-args.total_timesteps // args.num_envs) * args.num_envs  # whole steps of all environments; args stay as they were given
     pixels, proprio = (env.observation_space[key].shape for key in ("pixels", "proprio"))
     spaces = (pixels[0], proprio[0], env.action_space.shape[0])
     episodes = args.eval_episodes or max(1, min(10, total_steps // (2 * env.episode_steps)))
+    action_space = gym.vector.utils.batch_space(env.action_space, args.num_envs)
+    action_space.seed(args.seed)
 
     # ---- the frozen maskers, the photographs, the agent
     masker, prompt = find_masker(args, args.masker, device) if args.masker != "none" else (None, None)
     clean_masker = masker if args.clean_masker in (None, args.masker) else find_masker(args, args.clean_masker, device)[0]
-    photos = load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if "both" in (args.critic_views, args.actor_views) else None
+    both = "both" in (args.critic_views, args.actor_views)
+    photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if both else None
+    torch.manual_seed(args.seed)
     agent = Agent(args, *spaces, masker, photos).to(device)
     clean_masker = clean_masker and clean_masker.to(agent.dtype)  # as the agent did with its own
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs) // args.num_envs
@@ -611,98 +701,201 @@ def main(args: Args) -> None:
     print(f"replay: at most {size:.1f} GB, as it fills, of {free:.1f} GB free" + (": too much; give a smaller --replay-size" if size > free else ""))
     if args.compile:
         agent.update = torch.compile(agent.update, options={"fallback_random": True})  # eager mode's random numbers, and so its losses
-    update = GraphedUpdate(agent) if args.cudagraphs else agent.update
+    update = graphed(agent) if args.cudagraphs else agent.update
     learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
 
-    run.mkdir(parents=True)
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    # ---- the run's folder, as the last checkpoint left it
+    open_run(run, args, cleanup)
+    begin = Progress(**{key: [0] * args.num_envs for key in ("episodes", "started", "frames")})
+    progress = load_state(run / "resume", agent, replay, action_space) or begin
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, sync_tensorboard=True, config=asdict(args), name=run.name, dir=run)
-    writer = SummaryWriter(run)
+        wandb.init(project=args.wandb_project_name, sync_tensorboard=True, config=asdict(args), name=run.name, dir=run, id=run.name, resume="allow")
+    writer = cleanup.enter_context(SummaryWriter(run, purge_step=progress.step + 1))  # TensorBoard forgets what came after the checkpoint
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
-    returns, evaluations = (csv.writer((run / name).open("w", newline="", buffering=1)) for name in ("returns.csv", "evaluations.csv"))
-    returns.writerow(["step", "episode", "return", "length", "success", "seconds", "env"])
-    evaluations.writerow(["step", "figure", "value"])
+    tables = [cleanup.enter_context((run / name).open("a", newline="", buffering=1)) for name in ("returns.csv", "evaluations.csv")]
+    for table, size in zip(tables, progress.sizes, strict=True):
+        table.truncate(size)
+    returns, evaluations = map(csv.writer, tables)
+    if not progress.step:
+        returns.writerow(["step", "episode", "return", "length", "success", "seconds", "env"])
+        evaluations.writerow(["step", "figure", "value"])
 
-    def report(step: int, folder: Path | None) -> dict[str, float]:
+    def report(folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
-        save_checkpoint(run / "checkpoint.pt", agent, step, prompt)
+        save_agent(run / "checkpoint.pt", agent, progress.step, prompt)
         figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
         with torch.random.fork_rng(), torch.no_grad(), agent.autocast():
             shown = replay.sample(8)
             views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask) if view is not None]
-        writer.add_images("views/clean_and_augmented", torch.cat(views, 3), step)
+        writer.add_images("views/clean_and_augmented", torch.cat(views, 3), progress.step)
         for key, value in figures.items():
-            writer.add_scalar(key, value, step)
-            evaluations.writerow([step, key, f"{value:.4f}"])
+            writer.add_scalar(key, value, progress.step)
+            evaluations.writerow([progress.step, key, f"{value:.4f}"])
         return figures
 
-    print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} frames")
-    print(f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}", flush=True)
-
-    # ---- the loop
-    makers = [partial(make_env, args.env, "train", args.seed + 100_000 * i, **env_options(args)) for i in range(args.num_envs)]
-    # SAME_STEP: an ended episode's last observation comes in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
-    envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    envs.action_space.seed(args.seed)
-    seen = observe(clean_masker, envs.reset()[0], device)
-    for i, first in enumerate(zip(*seen, strict=True)):
-        replay.add_frame(i, *first, first=True)
-    started, step, updates, evaluation_seconds = time.time(), 0, 0, 0.0
-    totals, lengths, history = np.zeros(args.num_envs), np.zeros(args.num_envs, int), []
-    bar = tqdm(total=total_steps, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
+    def check(what: str, values: torch.Tensor, **came_from: torch.Tensor) -> None:
+        if not values.isfinite().all():
+            envs.save_tensors(run / "not_finite.pt", came_from)
+            raise UserError(f"step {progress.step}: {what} is infinite or not a number; what it came from is in {run}/not_finite.pt")
 
     def learn() -> None:
         """The updates that are due after `step` agent steps."""
-        nonlocal updates
-        while updates < int(args.updates_per_step * (step - learning_starts)):
-            metrics = update(replay.sample(args.batch_size))
-            updates += 1
-            if updates % 100 == 1:  # metrics stay on the device until now
-                for key, value in metrics.items():
-                    writer.add_scalar(key, value.item(), step)
-                writer.add_scalar("charts/SPS", step / (time.time() - started - evaluation_seconds), step)
+        while progress.updates < int(args.updates_per_step * (progress.step - learning_starts)):
+            batch = replay.sample(args.batch_size)
+            metrics = update(batch)
+            progress.updates += 1
+            look = progress.updates % 100 == 1  # metrics stay on a GPU until then: it waits for nobody
+            if look or device.type == "cpu":
+                check("a loss", torch.stack([*metrics.values()]), **vars(batch), **metrics)
+            if look:
+                with saving("TensorBoard's curves"):
+                    for key, value in metrics.items():
+                        writer.add_scalar(key, value.item(), progress.step)
+                    writer.add_scalar("charts/SPS", progress.step / (time.time() - began - progress.evaluating), progress.step)
 
-    while step < total_steps:
-        actions = envs.action_space.sample() if step < learning_starts else agent.act(*seen, mean=False)
-        envs.step_async(actions)
-        step += args.num_envs
+    print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} frames")
+    print(f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}")
+    print(f"going on from step {progress.step:,}" if progress.step else "from the beginning", flush=True)
+
+    # ---- the environments
+    chances = [{"seed": args.seed + 100_000 * i, "first_episode": episode} for i, episode in enumerate(progress.episodes)]
+    makers = [partial(envs.make_env_in_worker, args.env, **chance, **env_options(args)) for chance in chances]
+    with envs.spare_workers():
+        # SAME_STEP: an ended episode's last observation is in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
+        vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        cleanup.callback(setattr, vec_env, "closed", True)  # the processes themselves are main's to end
+        seen = observe(clean_masker, vec_env.reset()[0], device)
+    for i, first in enumerate(zip(*seen, strict=True)):
+        if not progress.started[i]:
+            replay.add_frame(i, *first, first=True)
+    began, saved = time.time() - progress.seconds, progress.step
+    totals, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+    bar = tqdm(total=total_steps, initial=progress.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
+
+    # ---- the loop
+    while progress.step < total_steps:
+        actions = action_space.sample() if progress.step < learning_starts else agent.act(*seen, mean=False)
+        vec_env.step_async(actions)
+        progress.step += args.num_envs
         if args.overlap:
             learn()
-        obs, rewards, terminated, truncated, info = envs.step_wait()
+        obs, rewards, terminated, truncated, info = vec_env.step_wait(timeout=PATIENCE)
+        came_from = {"actions": torch.from_numpy(actions), "rewards": torch.from_numpy(rewards), "proprio": torch.from_numpy(obs["proprio"])}
+        check("a reward or an observation", torch.cat([came_from["rewards"], came_from["proprio"].flatten()]), **came_from)
         seen = remember(replay, actions, obs, rewards, terminated, truncated, info, clean_masker)
-        totals, lengths = totals + rewards, lengths + 1
-        for i in np.flatnonzero(terminated | truncated):
+        totals, lengths, ended = totals + rewards, lengths + 1, terminated | truncated
+        for i in np.flatnonzero(ended):
             success = info["final_info"].get("episode_success", [""] * args.num_envs)[i]
-            returns.writerow([step, info["episode"][i] - 1, f"{totals[i]:.3f}", lengths[i], success, f"{time.time() - started:.1f}", i])
-            writer.add_scalar("charts/episodic_return", totals[i], step)
-            writer.add_scalar("charts/episodic_length", lengths[i], step)
-            history.append(totals[i])
-            bar.set_postfix({"return": f"{totals[i]:.1f}", "mean of 10": f"{np.mean(history[-10:]):.1f}"}, refresh=False)
-            totals[i], lengths[i] = 0, 0
+            with saving("returns.csv"):
+                returns.writerow([progress.step, progress.episodes[i], f"{totals[i]:.3f}", lengths[i], success, f"{time.time() - began:.1f}", i])
+            with saving("TensorBoard's curves"):
+                writer.add_scalar("charts/episodic_return", totals[i], progress.step)
+                writer.add_scalar("charts/episodic_length", lengths[i], progress.step)
+            progress.returns = [*progress.returns[-9:], float(totals[i])]
+            bar.set_postfix({"return": f"{totals[i]:.1f}", "mean of 10": f"{np.mean(progress.returns):.1f}"}, refresh=False)
+            totals[i], lengths[i], progress.episodes[i] = 0, 0, progress.episodes[i] + 1
         if not args.overlap:
             learn()
-        if step % args.eval_every < args.num_envs and step < total_steps:
+        if progress.step % args.eval_every < args.num_envs and progress.step < total_steps:
             before = time.time()
-            figures = report(step, None)
-            bar.write(f"step {step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
-            evaluation_seconds += time.time() - before
+            with saving("an evaluation"):
+                figures = report(None)
+                bar.write(f"step {progress.step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
+            progress.evaluating += time.time() - before
+        if ended.any() and progress.step - saved >= args.checkpoint_every:
+            check("a weight", torch.cat([weight.flatten() for weight in agent.parameters()]))
+            progress.seconds, progress.sizes, saved = time.time() - began, [os.fstat(table.fileno()).st_size for table in tables], progress.step
+            # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
+            there = [episode + bool(length) for episode, length in zip(progress.episodes, lengths, strict=True)]
+            now = replace(progress, episodes=there, started=[not length for length in lengths], frames=replay.n.tolist())
+            with saving("a checkpoint to resume from"):
+                save_state(run / "resume", now, agent, replay, action_space, progress.frames)
+                progress.frames = now.frames
         bar.update(args.num_envs)
     bar.close()
-    envs.close()
+    vec_env.close()
 
     # ---- the end: the table, the films, the figures
-    figures = report(step, run)
-    writer.close()
-    figures |= {"train/steps": step, "train/updates": updates, "train/seconds": round(time.time() - started, 1)}
-    (run / "metrics.json").write_text(json.dumps(figures, indent=2))
+    figures = report(run)
+    figures |= {"train/steps": progress.step, "train/updates": progress.updates, "train/seconds": round(time.time() - began, 1)}
+    envs.write_whole(run / "metrics.json", lambda path: path.write_text(json.dumps(figures, indent=2)))
+    shutil.rmtree(run / "resume", ignore_errors=True)  # gigabytes of replay, which nobody needs any more
     films = ", ".join(f"{setting}.mp4" for setting in settings)
     print(f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: python {sys.argv[0]} --evaluate {run}/checkpoint.pt")
 
 
+# ------------------------------------------------------------------------------------------------------------ main
+def main(args: Args) -> None:
+    args.env, run = envs.resolve_env_id(args.env), None
+    if args.evaluate:  # the agent's own arguments, but for what this evaluation was asked for
+        checkpoint, keys = load_agent(Path(args.evaluate))[1], ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision")
+        own = replace(checkpoint["args"], device="cpu", cudagraphs=False)  # episodes are played on the CPU, wherever the agent was trained
+        args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
+    elif args.resume:  # the run's own arguments, but for the length and where things are
+        run, keys = find_run(args), ("resume", "total_timesteps", "checkpoint_every", "device", "distractors", "overlay", "masker_path")
+        if run and (run / "metrics.json").is_file():
+            return print(f"{run} came to its end before; nothing to do")
+        if run:
+            try:
+                own = Args(**json.loads((run / "args.json").read_text()))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {error})") from None
+            args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
+    if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
+        raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
+    counts = (args.total_timesteps, args.batch_size, args.eval_every, args.eval_episodes or 1, args.num_envs, args.checkpoint_every)
+    if min(counts) < 1 or args.replay_size < 100 * args.num_envs:
+        raise UserError(
+            "--total-timesteps, --batch-size, --num-envs, --eval-... and --checkpoint-every: at least 1; --replay-size: 100 per environment"
+        )
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise UserError("--track needs Weights & Biases: pip install wandb")
+    distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
+    settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
+    for setting in dict.fromkeys((*settings, "train")):  # better an error now than after the training
+        env = make_env(args.env, setting, args.seed, **env_options(args))
+        env.reset()
+        env.close()
+    device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
+    if args.cudagraphs and device.type != "cuda":
+        raise UserError(f"--cudagraphs: needs a CUDA GPU, and --device {args.device} is {device} here")
+    if args.precision == "auto":
+        args.precision = "bf16" if bf16 else "fp32"
+
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # runs that start in the same second get folders of their own
+    run = run or Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if args.evaluate else ''}")
+    again = shlex.join(["python", sys.argv[0], *(("--evaluate", args.evaluate) if args.evaluate else ("--resume", str(run)))])
+    for attempt in (1, 2):
+        try:
+            with ExitStack() as cleanup:
+                if not args.evaluate:
+                    return train(args, run, settings, device, cleanup)
+                open_run(run, args, cleanup)
+                figures = evaluate(Path(args.evaluate), args, settings, args.eval_episodes or 10, run)
+                (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))
+                return print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
+        except UserError:
+            raise
+        except Exception as error:  # most likely a worker process that died or does not answer
+            traceback.print_exc()
+            if attempt == 2 or args.evaluate:
+                raise UserError(f"{type(error).__name__} {error}, see above; to go on: {again}") from None
+            print("\nonce more, from the last checkpoint", flush=True)
+        except SystemExit:
+            saved = args.evaluate or list(run.glob("resume/[0-9]*.state.pt"))
+            print(f"\nstopped; {'to go on: ' + again if saved else 'no checkpoint yet, start the same again'}", flush=True)
+            raise
+        finally:
+            for process in multiprocessing.active_children():  # whatever they are in the middle of
+                process.kill()
+        gc.collect()
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main(tyro.cli(Args, description=__doc__))
     except UserError as error:

@@ -36,7 +36,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # mujoco comes from envs.py, which has to choose the GL backend before it is imported
-from envs import Setting, TalasEnv, UserError, augment, load_photographs, make_env, mask_iou, mujoco, resolve_env_id, set_up_torch, task_row
+import envs
+from envs import Setting, TalasEnv, UserError, augment, make_env, mask_iou, mujoco
 
 
 @dataclass
@@ -292,19 +293,12 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, b
     return figures
 
 
-def save_atomically(write, path: Path) -> None:
-    """Write under a temporary name, then rename: nobody ever finds half a file under the final name."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # keeps the suffix, which numpy insists on
-    write(temporary)
-    os.replace(temporary, path)
-
-
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args) -> None:
     started = time.time()
-    args.env = resolve_env_id(args.env)
-    prompt = args.prompt or task_row(args.env).prompt
-    device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
+    args.env = envs.resolve_env_id(args.env)
+    prompt = args.prompt or envs.task_row(args.env).prompt
+    device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
 
     if args.test_frames < 4 or (args.frames or 2) < 2:
         raise UserError("--frames and --test-frames: at least 2 and 4, so that there is one of each kind")
@@ -317,17 +311,17 @@ def main(args: Args) -> None:
     env.reset()
     env.segment(prompt)  # a phrase that the task does not know is an error before anything is written
     env.close()
-    photos = load_photographs(args.overlay, args.overlay_images, args.seed, "test")  # Phase II trains on the others
+    photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "test")  # Phase II trains on the others
     output.mkdir(parents=True, exist_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
     writer = SummaryWriter(run)
 
-    n, t = args.frames or task_row(args.env).mask_frames, args.test_frames
+    n, t = args.frames or envs.task_row(args.env).mask_frames, args.test_frames
     print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
     settings = ("procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir()))
     # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 8), torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 8), envs.start_worker) as pool:
         # The tests first: what is wrong with the media shows at once.
         tests = collect(args, prompt, {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, settings, pool)
         training = collect(args, prompt, {"spread": n // 2, "random": n - n // 2}, (), pool)
@@ -339,7 +333,7 @@ def main(args: Args) -> None:
     arrays = {"train_frames": frames, "train_masks": np.packbits(masks), **{f"test_{key}": value for key, value in tests.items()}}
     for name in ("teacher.pt", "student.pt"):
         (output / name).unlink(missing_ok=True)  # made from other frames, perhaps for another prompt
-    save_atomically(lambda path: np.savez(path, **arrays), output / "frames.npz")
+    envs.write_whole(output / "frames.npz", functools.partial(np.savez, **arrays))
 
     # ---- the teacher
     masker = Masker().to(device, memory_format=torch.channels_last)
@@ -372,9 +366,8 @@ def main(args: Args) -> None:
     figures |= {"frames": n, "test_frames": args.test_frames, "train/updates": args.steps, "mask_pixels": float(masks.sum((1, 2)).mean())}
     figures |= {"seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
-    checkpoint = {"version": 1, "kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt}
-    checkpoint["state_dict"] = masker.cpu().state_dict()
-    save_atomically(lambda path: torch.save(checkpoint, path), output / "teacher.pt")
+    checkpoint = {"kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt, "state_dict": masker.cpu().state_dict()}
+    envs.save_tensors(output / "teacher.pt", checkpoint)
     print(f"\nwritten: {output}/teacher.pt, {output}/frames.npz, {run}/metrics.json, {run}/masks.png (look at it)")
 
 
@@ -383,3 +376,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -28,7 +28,8 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import Augmentation, UserError, augment, load_photographs, mask_iou, resolve_env_id, set_up_torch, task_row
+import envs
+from envs import Augmentation, UserError, augment, mask_iou
 
 
 @dataclass
@@ -96,7 +97,7 @@ def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
     if not path.is_file():
         raise UserError(f"{path}: no teacher there; run `python talas_phase1.py --env {env_id}` first")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = envs.load_tensors(path)
         if (checkpoint["env_id"], checkpoint["image_size"]) != (env_id, 84):
             raise UserError(f"{path} was made for {checkpoint['env_id']} at {checkpoint['image_size']} pixels, not for {env_id} at 84")
         teacher = Masker()
@@ -136,19 +137,12 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, b
     return figures
 
 
-def save_atomically(write, path: Path) -> None:
-    """Write under a temporary name, then rename: nobody ever finds half a file under the final name."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args) -> None:
     started = time.time()
-    args.env = resolve_env_id(args.env)
-    args.steps = args.steps or task_row(args.env).student_steps
-    device, bf16 = set_up_torch(args.device, args.seed, args.torch_deterministic)
+    args.env = envs.resolve_env_id(args.env)
+    args.steps = args.steps or envs.task_row(args.env).student_steps
+    device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
 
     folder = Path(args.maskers or f"runs/maskers/{args.env}")
     teacher, checkpoint = load_teacher(folder / "teacher.pt", args.env)
@@ -157,7 +151,7 @@ def main(args: Args) -> None:
             frames, tests = archive["train_frames"], {key[5:]: archive[key] for key in archive.files if key.startswith("test_")}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}/frames.npz: cannot be read ({error}); run Phase I again") from None
-    photos = load_photographs(args.overlay, args.overlay_images, args.seed, "train").to(device)  # Phase I kept the others for its overlay test
+    photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "train").to(device)  # Phase I kept the others for its overlay test
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
@@ -205,7 +199,7 @@ def main(args: Args) -> None:
     figures |= {"train/updates": args.steps, "seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
     checkpoint |= {"kind": "student", "augmentation": args.augmentation, "state_dict": student.cpu().state_dict()}
-    save_atomically(lambda path: torch.save(checkpoint, path), folder / "student.pt")
+    envs.save_tensors(folder / "student.pt", checkpoint)
     print(f"\nwritten: {folder}/student.pt, {run}/metrics.json, {run}/masks.png (look at it)")
 
 
@@ -214,3 +208,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from envs import cpu_has_bf16
+from envs import cpu_has_bf16, load_tensors
 from talas_phase2 import Masker, predict
 
 
@@ -34,7 +34,7 @@ def main(args: Args) -> None:
     for env_id in args.envs:
         folder = Path(f"runs/maskers/{env_id}")
         masker = Masker()
-        masker.load_state_dict(torch.load(folder / "student.pt", weights_only=True)["state_dict"])
+        masker.load_state_dict(load_tensors(folder / "student.pt")["state_dict"])
         with np.load(folder / "frames.npz", allow_pickle=False) as archive:
             n = len(archive["test_masks"])
             chosen, cells = [n // 8, 5 * n // 8, 7 * n // 8], []

@@ -16,7 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from envs import Setting, UserError, make_env, mask_iou
-from talas_asymmetric_sac import Agent, load_checkpoint, observe
+from talas_asymmetric_sac import Agent, load_agent, observe
 
 
 @dataclass
@@ -50,7 +50,7 @@ def roll(agent: Agent, args, prompt: str, setting: Setting, episode: int, simula
 
 
 def main(args: Args) -> None:
-    agent, checkpoint = load_checkpoint(Path(args.checkpoint))
+    agent, checkpoint = load_agent(Path(args.checkpoint))
     run, prompt = checkpoint["args"], checkpoint["prompt"]
     if run.masker == "none":
         raise UserError(f"--checkpoint {args.checkpoint}: an agent without a masker")

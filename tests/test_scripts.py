@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -194,9 +195,86 @@ def test_one_seed_is_one_run(trained, tmp_path):
         figures = {key: value for key, value in metrics(folder).items() if key != "train/seconds"}
         rows[name] = [row["return"] for row in returns(folder)], figures, torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
     assert rows["a"][:2] == rows["b"][:2]
-    assert all(torch.equal(value, rows["b"][2]["actor"][key]) for key, value in rows["a"][2]["actor"].items())
+    assert all(torch.equal(value, rows["b"][2][key]) for key, value in rows["a"][2].items())
     assert rows["a"][0] != rows["c"][0]
     assert not (tmp_path / "runs/maskers").exists()  # --masker-path was given
+
+
+def wait_for(process: subprocess.Popen, cwd: Path, pattern: str, timeout: float = 120) -> None:
+    end = time.time() + timeout
+    while not list(cwd.glob(pattern)) and time.time() < end and process.poll() is None:
+        time.sleep(0.02)
+    assert list(cwd.glob(pattern)) and process.poll() is None, process.communicate()
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
+    """Killed; told to stop; its worker killed; another one started meanwhile. In the end its files are those of the run that nobody touched."""
+    shutil.copytree(trained("cartpole_swingup").maskers, tmp_path / "maskers")
+    args = [*SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--masker-path=maskers", "--eval-settings", "train", "--augmentation=mix"]
+    args += ["--total-timesteps=140", "--learning-starts=30", "--checkpoint-every=20", "--eval-every=50", "--replay-size=100"]  # the ring goes round
+    whole = start(RL, *args, "--exp-name=whole", cwd=tmp_path)
+    again = [RL, *args, "--exp-name=pieces", "--resume=auto"]
+
+    process = start(*again, cwd=tmp_path)
+    wait_for(process, tmp_path, "runs/*__pieces__*/resume/0*20.state.pt")
+    started = children(process.pid)
+    process.kill()
+    process.communicate()
+    time.sleep(1)
+    assert started and not [pid for pid in started if is_running(pid)]
+    folder = only(tmp_path, "runs/*__pieces__*")
+
+    process = start(*again, cwd=tmp_path)
+    wait_for(process, tmp_path, "runs/*__pieces__*/resume/0*60.state.pt")
+    process.terminate()
+    begun = time.time()
+    out, _ = finish(process, 143)
+    assert time.time() - begun < 20 and "going on from step" in out
+    command = out.split("to go on: python ")[1].split()
+    assert command[1:] == ["--resume", str(folder.relative_to(tmp_path))]
+
+    process = start(RL, *command[1:], cwd=tmp_path)
+    wait_for(process, tmp_path, "runs/*__pieces__*/resume/0*80.state.pt")
+    assert "another process is at this run" in finish(start(*again, cwd=tmp_path), 1)[1]
+    for pid in children(process.pid):
+        if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGKILL)
+    out, err = finish(process)
+    assert "once more, from the last checkpoint" in out and out.count("going on from step") == 2
+    assert "Error" in err  # the traceback of it
+
+    finish(whole)
+    expected = only(tmp_path, "runs/*__whole__*")
+    weights, wanted = (torch.load(path / "checkpoint.pt", weights_only=True)["weights"] for path in (folder, expected))
+    assert all(torch.equal(value, wanted[key]) for key, value in weights.items())
+    rows, figures = ([{k: v for k, v in row.items() if k != "seconds"} for row in returns(path)] for path in (folder, expected)), []
+    assert next(rows) == next(rows)
+    for path in (folder, expected):
+        figures.append({key: value for key, value in metrics(path).items() if key != "train/seconds"})
+    assert figures[0] == figures[1]
+    assert (folder / "evaluations.csv").read_text() == (expected / "evaluations.csv").read_text()
+    assert not (folder / "resume").exists()
+    assert "came to its end before" in finish(start(*again, cwd=tmp_path))[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    args = ["--masker=none", "--eval-settings", "train", "--critic-lr=1e30", "--total-timesteps=60", "--learning-starts=42", "--checkpoint-every=20"]
+    _, err = finish(start(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path), 1)
+    assert "a loss is infinite or not a number" in err and "Traceback" not in err
+    folder = only(tmp_path, "runs/*")
+    assert envs.load_tensors(folder / "not_finite.pt")["obs"].shape == (4, 9, 84, 84)
+    state = envs.load_tensors(only(folder, "resume/0*40.state.pt"))
+    assert all(weight.isfinite().all() for weight in state["agent"].values())
 
 
 def test_several_environments_in_the_textbooks_order(tmp_path):
@@ -281,7 +359,7 @@ def test_evaluation_plays_every_episode_once(tmp_path):
     """In processes, what a loop over the episodes comes to; a success rate where there is one to tell."""
     args = rl.Args(env="hammer", masker="none", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32")
     agent = rl.Agent(args, 9, 24, 26, None, None)
-    rl.save_checkpoint(tmp_path / "checkpoint.pt", agent, 0, None)
+    rl.save_agent(tmp_path / "checkpoint.pt", agent, 0, None)
     figures = rl.evaluate(tmp_path / "checkpoint.pt", args, ("train", "procedural"), 3, None)
     for setting in ("train", "procedural"):
         env, totals = envs.make_env("hammer", setting, args.seed + 10_000, action_repeat=20), []
@@ -329,6 +407,7 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--device=cuda:99"], "cuda:99"),
     (RL, [*NO_MASKER, "--cudagraphs", "--device=cpu"], "needs a CUDA GPU"),
     (RL, ["--evaluate=nowhere.pt"], "no such checkpoint"),
+    (RL, ["--resume=nowhere"], "nowhere: not the folder of a run"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
     (PHASE1, ["--env=walker_walk", "--seed=-1"], "has to be 0 or more"),

@@ -1,5 +1,6 @@
 """The update against METHOD.md: numbers by hand, slow loops over samples, where gradients may flow, what each ablation changes; the replay."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+import envs
 import talas_asymmetric_sac as rl
 import talas_phase1 as phase1
 import talas_phase2 as phase2
@@ -515,7 +517,7 @@ def test_shift_in_the_update():
 class PlainReplay:
     """Episodes as lists; stacks by plain indexing. Transitions carry their number as their action."""
 
-    def __init__(self, capacity: int, lengths: list[int], seed: int = 0):
+    def __init__(self, capacity: int, lengths: list[int], seed: int = 0, through_files: bool = False):
         self.rng, self.transitions, self.n = np.random.default_rng(seed), [], 0
         self.replay = None
         for length, terminated in lengths:
@@ -539,6 +541,16 @@ class PlainReplay:
                 rest = (stacks[t], mask_stacks[t], proprio[t], reward, done, stacks[t + 1], mask_stacks[t + 1], proprio[t + 1])
                 self.transitions.append((oldest, number, *rest))
                 self.check(16)
+                if through_files and self.n % 3 == 0:
+                    self.pass_through_files(capacity)
+
+    def pass_through_files(self, capacity: int) -> None:
+        """From here on, a replay that was put together from parts."""
+        self.parts = [*getattr(self, "parts", []), self.replay.written_since(getattr(self, "before", [0]))]
+        before, self.before, self.replay = self.replay, self.replay.n.tolist(), rl.Replay(1, capacity, (9, 4, 5), 2, 1, torch.device("cpu"))
+        for part in self.parts:
+            self.replay.restore(part)
+        assert torch.equal(self.replay.valid, before.valid) and torch.equal(self.replay.n, before.n)
 
     def check(self, samples: int) -> set[int]:
         """Sample; compare every field; return which transitions were seen."""
@@ -563,10 +575,11 @@ class PlainReplay:
 EPISODES = [(5, False), (1, True), (2, False), (7, True), (1, False), (4, True), (12, False), (3, True), (6, False)]  # (length, terminated)
 
 
+@pytest.mark.parametrize("through_files", [False, True])
 @pytest.mark.parametrize("capacity", [17, 20, 31, 100])
-def test_replay_against_lists(capacity):
+def test_replay_against_lists(capacity, through_files):
     torch.manual_seed(0)
-    plain = PlainReplay(capacity, EPISODES)
+    plain = PlainReplay(capacity, EPISODES, through_files=through_files)
     frames = sum(length + 1 for length, _ in EPISODES)
     assert plain.replay.n == frames  # each once, and one more per episode than steps
     assert plain.replay.frames.shape == (capacity, 3, 4, 5)
@@ -604,14 +617,14 @@ def test_vector_environments_leave_transitions_only():
     """Gymnasium's automatic resets are in replay as first frames, never as steps: as many transitions as steps were made, none across episodes."""
     lengths, ends = (1, 3, 5), ("truncated", "terminated", "truncated")
     makers = [functools.partial(Counting, *row) for row in zip(lengths, ends, strict=True)]
-    envs = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     replay = rl.Replay(3, 100, (9, 4, 5), 1, 1, torch.device("cpu"))
-    for i, first in enumerate(zip(*rl.observe(None, envs.reset()[0], torch.device("cpu")), strict=True)):
+    for i, first in enumerate(zip(*rl.observe(None, vec_env.reset()[0], torch.device("cpu")), strict=True)):
         replay.add_frame(i, *first, first=True)
     for step in range(20):
-        seen = rl.remember(replay, np.full((3, 1), step, np.float32), *envs.step(np.zeros((3, 1), np.float32)), None)
+        seen = rl.remember(replay, np.full((3, 1), step, np.float32), *vec_env.step(np.zeros((3, 1), np.float32)), None)
         assert seen[0].shape == (3, 9, 4, 5) and seen[1].shape == (3, 3, 4, 5) and seen[2].shape == (3, 1)
-    envs.close()
+    vec_env.close()
     everything = replay.valid.clone()
     for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
         mine = torch.arange(300) // 100 == i
@@ -712,7 +725,7 @@ def test_masker_loss():
 
 def test_load_teacher(tmp_path):
     masker, path = make_masker(), tmp_path / "teacher.pt"
-    torch.save({"env_id": "hammer", "image_size": 84, "prompt": "the hammer", "state_dict": masker.state_dict()}, path)
+    envs.save_tensors(path, {"env_id": "hammer", "image_size": 84, "prompt": "the hammer", "state_dict": masker.state_dict()})
     teacher, checkpoint = phase2.load_teacher(path, "hammer")
     assert same(weights(teacher), weights(masker))
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -726,27 +739,111 @@ def test_load_teacher(tmp_path):
         phase2.load_teacher(tmp_path / "nowhere.pt", "hammer")
 
 
-@pytest.mark.parametrize("module", [phase1, phase2])
-def test_save_atomically(module, tmp_path):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full"), RuntimeError("what torch.save raises")])
+def test_files_are_whole_or_not_there(tmp_path, error):
     path = tmp_path / "array.npz"
-    module.save_atomically(lambda p: np.savez(p, a=np.arange(3)), path)
+    envs.write_whole(path, lambda p: np.savez(p, a=np.arange(3)))
     assert [p.name for p in tmp_path.iterdir()] == ["array.npz"]  # not under another name, and no leftovers
 
     def half(temporary):
         temporary.write_bytes(b"half")
-        raise KeyboardInterrupt
+        raise error
 
-    with pytest.raises(KeyboardInterrupt):
-        module.save_atomically(half, path)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError):
+        envs.write_whole(path, half)
     assert np.load(path)["a"].tolist() == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["array.npz"]
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    """torch.load would hand out the damaged weights: it does not compare the archive's checksums."""
+    path = tmp_path / "weights.pt"
+    envs.save_tensors(path, {"weights": torch.arange(1000.0)})
+    assert torch.equal(envs.load_tensors(path)["weights"], torch.arange(1000.0))
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.tensor(500.0).numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(data)
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], torch.arange(1000.0))
+    with pytest.raises(ValueError, match="damaged"):
+        envs.load_tensors(path)
+    torch.save({"weights": 1, "format": 1}, path)
+    with pytest.raises(ValueError, match=f"its format is 1, and this version's {envs.FORMAT}"):
+        envs.load_tensors(path)
+
+
+def make_run(seed: int) -> tuple[rl.Agent, rl.Replay, gym.Space]:
+    agent, space = make_agent(), gym.spaces.Box(-1, 1, (1, A))
+    torch.manual_seed(seed)
+    space.seed(seed)
+    jitter(agent, 0.01)
+    return agent, rl.Replay(1, 40, (9, 84, 84), P, A, torch.device("cpu")), space
+
+
+def live(agent: rl.Agent, replay: rl.Replay, space: gym.Space, episodes: int) -> None:
+    """Episodes of ten steps and random frames, an update after each."""
+    for _ in range(episodes):
+        for t in range(11):
+            seen = torch.randint(256, (9, 84, 84), dtype=torch.uint8), torch.randint(256, (3, 84, 84), dtype=torch.uint8), torch.rand(P)
+            if t:
+                replay.add_step(0, space.sample()[0], float(torch.rand(())), False, *seen)
+            else:
+                replay.add_frame(0, *seen, first=True)
+        agent.update(replay.sample(4))
+
+
+@pytest.mark.parametrize("damage", [None, "newest", "replay", "all"])
+def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
+    """Weights, optimisers, replay and chance, bit for bit; a damaged state is named, and the one before it used; two generations are kept."""
+    run, progress = make_run(1), rl.Progress(frames=[0])
+    for step in (50, 60, 70, 80):  # the ring of 40 frames goes round
+        live(*run, 5 if step == 50 else 1)
+        now = dataclasses.replace(progress, step=step, frames=run[1].n.tolist())
+        rl.save_state(tmp_path, now, *run, progress.frames)
+        progress = now
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in names if "state" in name] == ["0000000070.state.pt", "0000000080.state.pt"]
+    assert [name[7:10] for name in names if "replay" in name] == ["050", "060", "070", "080"]
+    if damage in ("newest", "all"):
+        path = tmp_path / "0000000080.state.pt"
+        path.write_bytes(path.read_bytes()[: -(path.stat().st_size // 3)])
+    if damage == "replay":
+        data = bytearray((tmp_path / "0000000080.replay.pt").read_bytes())
+        data[len(data) // 2] ^= 4
+        (tmp_path / "0000000080.replay.pt").write_bytes(data)
+    if damage == "all":
+        (tmp_path / "0000000070.state.pt").write_bytes(b"")
+        with pytest.raises(UserError, match="none of its checkpoints can be used"):
+            rl.load_state(tmp_path, *make_run(2))
+        return
+
+    expected = make_run(1)
+    live(*expected, 11 if damage is None else 10)  # in one go, without a save
+    other = make_run(2)
+    loaded = rl.load_state(tmp_path, *other)
+    out = capsys.readouterr().out
+    assert (loaded.step, "0000000080" in out) == ((80, False) if damage is None else (70, True))
+    live(*other, 3)
+    assert same(weights(other[0]), weights(expected[0]))
+    assert torch.equal(other[1].valid, expected[1].valid) and torch.equal(other[1].n, expected[1].n)
+    assert torch.equal(other[1].frames, expected[1].frames)
+    progress = dataclasses.replace(loaded, step=loaded.step + 30, frames=other[1].n.tolist())
+    rl.save_state(tmp_path, progress, *other, loaded.frames)
+    left = sorted(int(path.name[:10]) for path in tmp_path.glob("*.state.pt"))
+    assert left == [loaded.step, loaded.step + 30]  # what was damaged is no generation
+    live(*other, 1)
+    rl.save_state(tmp_path, dataclasses.replace(progress, step=loaded.step + 40), *other, progress.frames)
+    assert not (tmp_path / "0000000050.replay.pt").exists()  # the ring has gone round since, in both states
+    fresh = make_run(3)
+    assert rl.load_state(tmp_path, *fresh).step == loaded.step + 40
+    assert torch.equal(fresh[1].frames, other[1].frames) and torch.equal(fresh[1].valid, other[1].valid)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpoint_round_trip(tmp_path, precision):
     """A saved agent comes back with the same action, its masker in the precision that it had; a half-written checkpoint never lies under the name."""
     agent, batch = make_agent(precision=precision), make_batch()
-    rl.save_checkpoint(tmp_path / "checkpoint.pt", agent, 7, "the walker")
-    other, checkpoint = rl.load_checkpoint(tmp_path / "checkpoint.pt")
+    rl.save_agent(tmp_path / "checkpoint.pt", agent, 7, "the walker")
+    other, checkpoint = rl.load_agent(tmp_path / "checkpoint.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert (checkpoint["args"], checkpoint["step"], checkpoint["prompt"]) == (agent.args, 7, "the walker")
     observation = batch.obs[:1], batch.mask[:1], batch.proprio[:1]
