@@ -16,8 +16,10 @@ import contextlib
 import ctypes
 import difflib
 import fnmatch
+import functools
 import io
 import os
+import pickle
 import re
 import signal
 import sys
@@ -45,6 +47,7 @@ import cv2
 import gymnasium as gym
 import mujoco_menagerie
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 import tyro
@@ -101,15 +104,29 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, partial(torch.save, {**content, "format": FORMAT}))
 
 
+def load_plain(path: Path) -> Any:
+    """torch.load on the CPU, of plain data: no code is run, and checksums are compared, which torch does not. Raises whatever damage leads to."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"damaged at {damaged}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("damaged, or more than plain data, which is never loaded") from None
+
+
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What save_tensors wrote, on the CPU. No code is run; checksums are compared, which torch does not. Raises whatever a damaged file leads to."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"damaged at {damaged}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    """What save_tensors wrote."""
+    content = load_plain(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"its format is {content.get('format')}, and this version's {FORMAT}")
     return content
+
+
+def brief(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def end_with_parent() -> None:
@@ -442,16 +459,32 @@ def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
     if not folder.is_dir():
         have = sorted(p.name for p in Path(distractors).iterdir()) if Path(distractors).is_dir() else []
         raise UserError(f"--distractors {distractors}: expected DMControl-GB's layout, but no {setting}/ among {', '.join(have) or 'nothing'}")
-    videos = [p for p in folder.iterdir() if p.suffix.lower() in {".mp4", ".avi", ".mov", ".mkv", ".webm"} and p.is_file()]
+    videos = [p for p in folder.iterdir() if p.suffix.lower() in {".mp4", ".avi", ".mov", ".mkv", ".webm"}]
     if not videos:
         raise UserError(f"{folder}: no videos (.mp4, .avi, .mov, .mkv, .webm) in it")
     return tuple(sorted(videos, key=lambda p: (int("".join(filter(str.isdigit, p.stem)) or 0), p.name)))
 
 
+@functools.lru_cache
+def readable_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
+    """list_videos without those that cannot be decoded; a warning for each of these. Raises UserError where none is left."""
+    videos = []
+    for path in list_videos(distractors, setting):
+        try:
+            read_video(path, 1, 84)
+            videos.append(path)
+        except UserError as error:
+            warnings.warn(f"{error}: skipped", stacklevel=2)
+    if not videos:
+        raise UserError(f"{Path(distractors) / setting}: none of its videos can be decoded")
+    return tuple(videos)
+
+
 def read_video(path: Path, length: int, size: int) -> np.ndarray:
     """(T, size, size, 3) uint8 RGB: the first `length` frames of a video, fewer if it is shorter. Raises UserError if none can be decoded."""
-    capture, frames = cv2.VideoCapture(str(path)), []
-    while len(frames) < length and (decoded := capture.read())[0]:  # one at a time: 500 frames of 352² in floating point would be 700 MB
+    capture, frames = cv2.VideoCapture(str(path) if path.is_file() else ""), []  # a pipe would wait for ever
+    sane = capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT) <= MAX_PIXELS
+    while sane and len(frames) < length and (decoded := capture.read())[0]:  # one at a time: 500 frames of 352² in floating point are 700 MB
         rgb = torch.from_numpy(decoded[1]).permute(2, 0, 1).flip(0) / 255  # (3, h, w), from BGR
         # RL-ViGen's arithmetic: bilinear with half-pixel centres, no antialiasing, truncated to bytes
         frames.append((F.interpolate(rgb[None], (size, size), mode="bilinear", align_corners=False)[0] * 255).byte().permute(1, 2, 0))
@@ -468,11 +501,14 @@ def load_colours(path: Path) -> list[dict[str, np.ndarray]]:
     allowed = [(np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, np.dtypes.Float64DType]
     try:
         with torch.serialization.safe_globals(allowed):
-            palettes = torch.load(path, weights_only=True)
+            palettes = load_plain(path)
         names = ("grid_rgb1", "grid_rgb2", "skybox_rgb")
-        return [{name: np.clip(np.asarray(palette[name], float).reshape(3), 0, 1) for name in names} for palette in palettes or [{}]]
+        colours = np.array([[np.asarray(palette[name], float).reshape(3) for name in names] for palette in palettes or [{}]])  # (N, 3, 3)
+        if not np.isfinite(colours).all():
+            raise ValueError("a colour is not a number")
+        return [dict(zip(names, palette, strict=True)) for palette in colours.clip(0, 1)]
     except Exception as error:  # a damaged or hostile file fails in many ways; all of them are the file's fault
-        raise UserError(f"{path}: not a DMControl-GB colour file ({type(error).__name__})") from None
+        raise UserError(f"{path}: not a DMControl-GB colour file ({brief(error)})") from None
 
 
 def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
@@ -526,7 +562,7 @@ class TalasEnv(gym.Env):
         self.episode_steps = self.row.steps * self.row.repeat // max(1, self.repeat)
         if self.repeat < 1 or self.episode_steps < 1:
             raise UserError(f"--action-repeat {self.repeat}: an episode of {self.env_id} has {self.row.steps * self.row.repeat} control steps")
-        self.size, self.render_mode = image_size, "rgb_array"
+        self.size, self.render_mode, self.videos_skipped = image_size, "rgb_array", 0
         loaders = {"suite": SuiteTask, "unitree": UnitreeTask, "adroit": partial(AdroitTask, reward=reward)}
         self.task = loaders[self.row.loader](self.env_id)
         self.model, self.data = self.task.model, self.task.data
@@ -535,7 +571,8 @@ class TalasEnv(gym.Env):
         if setting not in ("train", "procedural") and not self.distractors:
             raise UserError(f"{setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
         if setting.startswith("video"):
-            self._videos = list_videos(self.distractors, setting)
+            self._videos = readable_videos(self.distractors, setting)
+            self.videos_skipped = len(list_videos(self.distractors, setting)) - len(self._videos)
         if setting.startswith("color"):
             self._palettes = load_colours(Path(self.distractors) / f"{setting}.pt")
             self.task.recolour(self._palettes[0])  # refuses a task without the textures at once
@@ -699,6 +736,7 @@ def mask_iou(pred: np.ndarray, true: np.ndarray, tolerance: int = 0) -> np.ndarr
 
 
 # ------------------------------------------------------------------------------------------ photographs and augmentations
+MAX_PIXELS = PIL.Image.MAX_IMAGE_PIXELS = 50_000_000  # of a photograph or of a video's frame
 PHOTO_SIZE = 128  # photographs are kept a little larger than an observation, so that a random crop still has detail
 Augmentation = Literal["overlay", "swap", "mix"]
 
@@ -730,8 +768,10 @@ def load_photographs(folder: str | None, count: int, seed: int, part: Literal["a
 def read_photograph(path: Path) -> np.ndarray | None:
     """(128, 128, 3) uint8 RGB: the centre square of one image file, or None, with a warning, if it cannot be decoded."""
     image = None
-    with contextlib.suppress(OSError, cv2.error):
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="error"):  # damaged files fail in many ways
+        if path.is_file():  # a pipe would wait for ever
+            PIL.Image.open(path).close()  # reads the header, and refuses one that promises more than MAX_PIXELS
+            image = cv2.imdecode(np.fromfile(path, np.uint8, count=1 << 28), cv2.IMREAD_COLOR)
     if image is None:
         warnings.warn(f"{path}: skipped, cannot be decoded as an image", stacklevel=2)
         return None

@@ -172,7 +172,7 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
         masker.load_state_dict(checkpoint["state_dict"])
         made_for, size, prompt = checkpoint["env_id"], checkpoint["image_size"], checkpoint["prompt"]
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"{path}: not a masker ({type(error).__name__})") from None
+        raise UserError(f"{path}: not a masker ({envs.brief(error)})") from None
     if made_for != args.env or size != 84:
         raise UserError(f"{path} was made for {made_for} at {size} pixels, not for {args.env} at 84")
     return masker.requires_grad_(False).to(device, memory_format=torch.channels_last), prompt
@@ -519,7 +519,7 @@ def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
         agent.load_state_dict(checkpoint["weights"])
         return agent, checkpoint
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"--evaluate {path}: not a checkpoint of this script ({error or type(error).__name__})") from None
+        raise UserError(f"--evaluate {path}: not a checkpoint of this script ({envs.brief(error)})") from None
 
 
 @dataclass
@@ -576,7 +576,7 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
                     newer.unlink()  # it could not be read, and would count as a generation
             return Progress(**state["progress"])
         except Exception as error:  # damaged files fail in many ways
-            print(f"warning: {path} cannot be used ({error or type(error).__name__})", flush=True)
+            print(f"warning: {path} cannot be used ({envs.brief(error)})", flush=True)
     if states:
         raise UserError(f"{folder}: none of its checkpoints can be used")
     return None
@@ -602,7 +602,7 @@ def find_run(args: Args) -> Path | None:
         return Path(args.resume)
     asked = json.loads(json.dumps(asdict(args))) | {"precision": None, "resume": None}  # auto becomes what it stands for
     for path in sorted(Path("runs").glob(f"{args.env}__{args.exp_name}__{args.seed}__*/args.json"), reverse=True):
-        with suppress(ValueError):
+        with suppress(ValueError, TypeError, OSError):
             if not path.parent.name.endswith("__evaluate") and json.loads(path.read_text()) | {"precision": None, "resume": None} == asked:
                 return path.parent
     return None
@@ -626,9 +626,10 @@ PATIENCE = 300  # seconds that a worker may take for a step; for an episode, thr
 load_agent_once, make_env_once = lru_cache(1)(load_agent), lru_cache(make_env)  # once per process, whatever it plays
 
 
-def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float, list[list[float]], list[np.ndarray]]:
+def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float, list[list[float]], list[np.ndarray], int]:
     """One episode of the mean policy of the agent in `path`, on the CPU: the return; whether it was a success (NaN: cannot be said); IoU, without
-    and with a pixel of tolerance, of its masks with the simulator's at every fifth step; and of episode 0 the film, as (84, 252, 3) uint8."""
+    and with a pixel of tolerance, of its masks with the simulator's at every fifth step; of episode 0 the film, as (84, 252, 3) uint8; and how many
+    of the setting's videos could not be decoded."""
     (setting, episode), (agent, checkpoint) = job, load_agent_once(path, args.precision if envs.cpu_has_bf16() else "fp32")
     env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))
     obs, info = env.reset(options={"episode": episode})
@@ -644,7 +645,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
             ious.append([mask_iou(newest[None] > 127, true[None], tolerance)[0] for tolerance in (0, 1)])
         obs, reward, terminated, truncated, info = env.step(agent.act(pixels, mask, proprio, mean=True)[0])
         total, step, done = total + reward, step + 1, terminated or truncated
-    return total, float(info.get("episode_success", math.nan)), ious, film
+    return total, float(info.get("episode_success", math.nan)), ious, film, env.videos_skipped
 
 
 def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: int, folder: Path | None) -> dict[str, float]:
@@ -659,11 +660,12 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
     pool.shutdown()
     figures, table = {}, f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}"
     for i, setting in enumerate(settings):
-        totals, successes, ious, films = zip(*played[i * episodes : (i + 1) * episodes], strict=True)
+        totals, successes, ious, films, skipped = zip(*played[i * episodes : (i + 1) * episodes], strict=True)
         mean, std, success, name = np.mean(totals), np.std(totals), np.mean(successes), "clean" if setting == "train" else setting
         iou = np.concatenate(ious).mean(0) if ious[0] else np.full(2, math.nan)
         figures |= {f"eval/{setting}/return_mean": float(mean), f"eval/{setting}/return_std": float(std), f"eval/{setting}/episodes": episodes}
         optional = {f"eval/{setting}/success_rate": success, f"iou/{name}": iou[0], f"iou_1px/{name}": iou[1]}
+        optional[f"eval/{setting}/videos_skipped"] = skipped[0] or math.nan  # another set of videos than a comparison has
         figures |= {key: float(value) for key, value in optional.items() if not np.isnan(value)}
         table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{iou[0]:10.3f}{success:9.0%}".replace("nan%", "–").replace("nan", "–")
         if folder:
@@ -840,8 +842,8 @@ def main(args: Args) -> None:
         if run:
             try:
                 own = Args(**json.loads((run / "args.json").read_text()))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {error})") from None
+            except Exception as error:  # damaged files fail in many ways
+                raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {envs.brief(error)})") from None
             args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
     if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
         raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
@@ -881,7 +883,7 @@ def main(args: Args) -> None:
         except Exception as error:  # most likely a worker process that died or does not answer
             traceback.print_exc()
             if attempt == 2 or args.evaluate:
-                raise UserError(f"{type(error).__name__} {error}, see above; to go on: {again}") from None
+                raise UserError(f"{envs.brief(error)}, see above; to go on: {again}") from None
             print("\nonce more, from the last checkpoint", flush=True)
         except SystemExit:
             saved = args.evaluate or list(run.glob("resume/[0-9]*.state.pt"))

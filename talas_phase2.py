@@ -105,7 +105,7 @@ def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"{path}: not a masker of Phase I ({type(error).__name__})") from None
+        raise UserError(f"{path}: not a masker of Phase I ({envs.brief(error)})") from None
     return teacher.requires_grad_(False).eval(), checkpoint
 
 

@@ -364,14 +364,6 @@ def test_distractors_without_the_setting_asked_for(tmp_path, setting):
             envs.make_env("walker_walk", setting, distractors=str(folders["partial"]))
 
 
-def test_a_video_that_cannot_be_decoded(make, tmp_path):
-    (tmp_path / "video_hard").mkdir()
-    (tmp_path / "video_hard" / "video0.mp4").write_bytes(b"no video")
-    env = make("cartpole_swingup", "video_hard", distractors=str(tmp_path))
-    with pytest.raises(envs.UserError, match=r"video0\.mp4"):
-        env.reset()
-
-
 # ----------------------------------------------------------------------------------------------------------------- photographs
 def write_photos(folder, n):
     """Images of one grey each, 10, 20, ..., half of them in a folder below."""
@@ -406,22 +398,6 @@ def test_a_photograph_is_its_centre_square_in_rgb(tmp_path):
     assert (envs.read_photograph(tmp_path / "tall.png") == (200, 20, 10)).all()
     cv2.imwrite(str(tmp_path / "grey.png"), image[..., 2])
     assert (envs.read_photograph(tmp_path / "grey.png") == 200).all()
-
-
-def test_broken_photographs(tmp_path):
-    write_photos(tmp_path, 4)
-    (tmp_path / "broken.jpg").write_bytes(b"not an image")
-    with pytest.warns(UserWarning, match=r"broken\.jpg") as caught:
-        assert greys(envs.load_photographs(str(tmp_path), 5000, 1)) == [1, 2, 3, 4]
-    assert len(caught) == 1
-    only = tmp_path / "only broken ones"
-    only.mkdir()
-    (only / "a.png").write_bytes(b"")
-    (only / "b.jpg").write_bytes(b"not an image")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(envs.UserError, match="only broken ones"):
-            envs.load_photographs(str(only), 5000, 1)
 
 
 def test_held_out_photographs_stay_held_out(tmp_path):
