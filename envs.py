@@ -94,8 +94,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's, when the disk is full
-        raise OSError(f"{path}: {error}") from error
+    except RuntimeError as error:  # torch.save's, which does not say why
+        raise OSError(f"{path}: is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 

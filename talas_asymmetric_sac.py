@@ -608,14 +608,17 @@ def find_run(args: Args) -> Path | None:
     return None
 
 
+LOST = (TimeoutError, ConnectionError)  # of OSError's kinds, those that mean a lost worker and not a disk
+
+
 @contextmanager
 def saving(what: str, said: set[str] = set()) -> Iterator[None]:  # noqa: B006
     """A disk that is full or gone costs what cannot be written, not the run. Says so once."""
     try:
         yield
-    except (TimeoutError, ConnectionError):
-        raise  # these are a worker's
     except OSError as error:
+        if isinstance(error, LOST):
+            raise
         if what not in said:
             tqdm.write(f"warning: {what} cannot be written ({error}); going on without", file=sys.stderr)
         said.add(what)
@@ -881,9 +884,11 @@ def main(args: Args) -> None:
         except UserError:
             raise
         except Exception as error:  # most likely a worker process that died or does not answer
-            traceback.print_exc()
-            if attempt == 2 or args.evaluate:
-                raise UserError(f"{envs.brief(error)}, see above; to go on: {again}") from None
+            disk = isinstance(error, OSError) and not isinstance(error, LOST)
+            if not disk:
+                traceback.print_exc()
+            if disk or attempt == 2 or args.evaluate:
+                raise UserError(f"{envs.brief(error)}; when that is mended: {again}") from None
             print("\nonce more, from the last checkpoint", flush=True)
         except SystemExit:
             saved = args.evaluate or list(run.glob("resume/[0-9]*.state.pt"))

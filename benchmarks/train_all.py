@@ -2,8 +2,9 @@
 
     python benchmarks/train_all.py --envs walker_walk walker_stand --seeds 1 2 --variants talas sada --jobs 4 --flags "--total-timesteps 100000"
 
-Each masker is made first, once. What has finished is not run again: start the same command after an interruption. A run that fails is reported,
-and the others go on. Logs, one a run, go to runs/train_all/; the table, from every run's metrics.json, to <output>.
+Each masker is made first, once. Start the same command after an interruption: what has finished is not run again, and what was interrupted goes on
+from its last checkpoint. A run that fails is reported, and the others go on. Logs, one a run, go to runs/train_all/; the table, from every run's
+metrics.json, to <output>.
 """
 
 import csv
@@ -13,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,11 +53,8 @@ class Args:
 
 def finished(run: talas.Args) -> Path | None:
     """The metrics.json of a run that was given these arguments and came to its end."""
-    asked = json.loads(json.dumps(asdict(run) | {"precision": None}))  # auto becomes what it stands for
-    for metrics in sorted(Path("runs").glob(f"{asked['env']}__{asked['exp_name']}__{asked['seed']}__*/metrics.json")):
-        if not metrics.parent.name.endswith("__evaluate") and json.loads((metrics.parent / "args.json").read_text()) | {"precision": None} == asked:
-            return metrics
-    return None
+    folder = talas.find_run(run)
+    return folder / "metrics.json" if folder and (folder / "metrics.json").is_file() else None
 
 
 def main(args: Args) -> None:
@@ -68,7 +66,14 @@ def main(args: Args) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     waiting, rows, failed = [], [], []
     for env_id, variant, seed in ((e, v, s) for s in args.seeds for e in args.envs for v in args.variants):
-        flags = [f"--env={env_id}", f"--seed={seed}", f"--exp-name={variant}", *shlex.split(VARIANTS[variant]), *shlex.split(args.flags)]
+        flags = [
+            f"--env={env_id}",
+            f"--seed={seed}",
+            f"--exp-name={variant}",
+            "--resume=auto",
+            *shlex.split(VARIANTS[variant]),
+            *shlex.split(args.flags),
+        ]
         run = tyro.cli(talas.Args, args=flags)
         for masker in {run.masker, run.clean_masker or run.masker} - {"none"}:
             talas.find_masker(run, masker, torch.device("cpu"))  # one after the other, with all cores; here only to have them

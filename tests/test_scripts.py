@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -275,6 +276,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert envs.load_tensors(folder / "not_finite.pt")["obs"].shape == (4, 9, 84, 84)
     state = envs.load_tensors(only(folder, "resume/0*40.state.pt"))
     assert all(weight.isfinite().all() for weight in state["agent"].values())
+
+
+def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
+    """Files of at most 1 MB: tables fit, checkpoints do not. It is said once, nothing lies half written, and the error at the end is a line."""
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--total-timesteps=60"]
+    args += ["--checkpoint-every=20", "--eval-every=20", "--hidden-dim=128"]
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+    command = [sys.executable, str(ROOT / f"{RL}.py"), *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    for what in ("an evaluation", "a checkpoint to resume from"):
+        assert done.stderr.count(f"warning: {what} cannot be written") == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "--resume runs/" in done.stderr.splitlines()[-1]
+    folder = only(tmp_path, "runs/*")
+    assert [row["step"] for row in returns(folder)] == ["20", "40", "60"]
+    assert not list(folder.rglob("*.state.pt")) and not list(folder.glob("*.pt")) and not list(folder.rglob(".*"))
 
 
 def test_several_environments_in_the_textbooks_order(tmp_path):

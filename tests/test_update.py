@@ -739,6 +739,17 @@ def test_load_teacher(tmp_path):
         phase2.load_teacher(tmp_path / "nowhere.pt", "hammer")
 
 
+@pytest.mark.filterwarnings("ignore:This module is instantiated on a machine without CUDA")
+def test_graphed_update_is_the_update():
+    """Where there is no GPU, tensordict passes through: what can be tested here is that every field of a batch reaches the update."""
+    agents = [make_agent() for _ in range(2)]
+    for how, agent in zip((lambda agent: agent.update, rl.graphed), agents, strict=True):
+        torch.manual_seed(5)
+        metrics = how(agent)(make_batch(4))
+        assert {"losses/qf_loss", "losses/actor_loss"} <= metrics.keys()
+    assert same(weights(agents[0]), weights(agents[1]))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full"), RuntimeError("what torch.save raises")])
 def test_files_are_whole_or_not_there(tmp_path, error):
     path = tmp_path / "array.npz"
