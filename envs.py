@@ -18,6 +18,7 @@ import difflib
 import fnmatch
 import functools
 import io
+import multiprocessing
 import os
 import pickle
 import re
@@ -29,7 +30,7 @@ import warnings
 import weakref
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -136,19 +137,12 @@ def end_with_parent() -> None:
 
 
 def start_worker() -> None:
-    """What a worker process begins with: its parent keeps its cores busy with others, and is the one to decide when they end."""
+    """What a worker process begins with: one thread, as others keep the cores busy, and no ear for Ctrl-C, which is for its parent."""
     end_with_parent()
+    if (parent := multiprocessing.parent_process()) and not parent.is_alive():
+        os._exit(1)  # it was killed in the seconds that it took to come here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def spare_workers() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C, which a terminal sends to all: it is for their parent, which gets it at the end of this."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cpu_has_bf16() -> bool:

@@ -657,8 +657,7 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
     # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
     # Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(len(jobs), os.cpu_count(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
-    with envs.spare_workers():
-        futures = [pool.submit(play, path, args, job) for job in jobs]
+    futures = [pool.submit(play, path, args, job) for job in jobs]
     played = [future.result(timeout=3 * PATIENCE) for future in futures]
     pool.shutdown()
     figures, table = {}, f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}"
@@ -767,11 +766,10 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], device: torch.de
     # ---- the environments
     chances = [{"seed": args.seed + 100_000 * i, "first_episode": episode} for i, episode in enumerate(progress.episodes)]
     makers = [partial(envs.make_env_in_worker, args.env, **chance, **env_options(args)) for chance in chances]
-    with envs.spare_workers():
-        # SAME_STEP: an ended episode's last observation is in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
-        vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        cleanup.callback(setattr, vec_env, "closed", True)  # the processes themselves are main's to end
-        seen = observe(clean_masker, vec_env.reset()[0], device)
+    # SAME_STEP: an ended episode's last observation is in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
+    vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    cleanup.callback(setattr, vec_env, "closed", True)  # the processes themselves are main's to end
+    seen = observe(clean_masker, vec_env.reset()[0], device)
     for i, first in enumerate(zip(*seen, strict=True)):
         if not progress.started[i]:
             replay.add_frame(i, *first, first=True)
