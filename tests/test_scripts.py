@@ -1,5 +1,6 @@
 """The three scripts end to end, as a person starts them, on small budgets; and what they answer to a person's mistakes."""
 
+import contextlib
 import csv
 import importlib
 import json
@@ -248,8 +249,9 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
     wait_for(process, tmp_path, "runs/*__pieces__*/resume/0*80.state.pt")
     assert "another process is at this run" in finish(start(*again, cwd=tmp_path), 1)[1]
     for pid in children(process.pid):
-        if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
-            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone by itself meanwhile
+            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
     out, err = finish(process)
     assert "once more, from the last checkpoint" in out and out.count("going on from step") == 2
     assert "Traceback" in err  # of an environment, or of an evaluation, as the moment will have it
