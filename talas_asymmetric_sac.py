@@ -826,7 +826,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], device: torch.de
     envs.write_whole(run / "metrics.json", lambda path: path.write_text(json.dumps(figures, indent=2)))
     shutil.rmtree(run / "resume", ignore_errors=True)  # gigabytes of replay, which nobody needs any more
     films = ", ".join(f"{setting}.mp4" for setting in settings)
-    print(f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: python {sys.argv[0]} --evaluate {run}/checkpoint.pt")
+    print(
+        f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: {shlex.join(['python', sys.argv[0], '--evaluate', f'{run}/checkpoint.pt'])}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ main
