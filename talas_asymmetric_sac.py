@@ -825,10 +825,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], device: torch.de
     figures |= {"train/steps": progress.step, "train/updates": progress.updates, "train/seconds": round(time.time() - began, 1)}
     envs.write_whole(run / "metrics.json", lambda path: path.write_text(json.dumps(figures, indent=2)))
     shutil.rmtree(run / "resume", ignore_errors=True)  # gigabytes of replay, which nobody needs any more
-    films = ", ".join(f"{setting}.mp4" for setting in settings)
-    print(
-        f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: {shlex.join(['python', sys.argv[0], '--evaluate', f'{run}/checkpoint.pt'])}"
-    )
+    films, again = ", ".join(f"{setting}.mp4" for setting in settings), shlex.join(["python", sys.argv[0], "--evaluate", f"{run}/checkpoint.pt"])
+    print(f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: {again}")
 
 
 # ------------------------------------------------------------------------------------------------------------ main
