@@ -680,9 +680,9 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-def train(args: Args, run: Path, settings: tuple[Setting, ...], device: torch.device, cleanup: ExitStack) -> None:
-    """From the beginning, or from where the run's last checkpoint left it, to the end. What has to be closed, whatever happens, goes to cleanup."""
-    env = make_env(args.env, "train", args.seed, **env_options(args))  # to ask for its sizes
+def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasEnv, device: torch.device, cleanup: ExitStack) -> None:
+    """From the beginning, or from where the run's last checkpoint left it, to the end. `env` is asked for its sizes only; what has to be closed,
+    whatever happens, goes to cleanup."""
     total_steps = -(-args.total_timesteps // args.num_envs) * args.num_envs  # whole steps of all environments; args stay as they were given
     pixels, proprio = (env.observation_space[key].shape for key in ("pixels", "proprio"))
     spaces = (pixels[0], proprio[0], env.action_space.shape[0])
@@ -823,7 +823,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], device: torch.de
     # ---- the end: the table, the films, the figures
     figures = report(run)
     figures |= {"train/steps": progress.step, "train/updates": progress.updates, "train/seconds": round(time.time() - began, 1)}
-    envs.write_whole(run / "metrics.json", lambda path: path.write_text(json.dumps(figures, indent=2)))
+    envs.write_whole(run / "metrics.json", partial(Path.write_text, data=json.dumps(figures, indent=2)))
     shutil.rmtree(run / "resume", ignore_errors=True)  # gigabytes of replay, which nobody needs any more
     films, again = ", ".join(f"{setting}.mp4" for setting in settings), shlex.join(["python", sys.argv[0], "--evaluate", f"{run}/checkpoint.pt"])
     print(f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: {again}")
@@ -874,10 +874,11 @@ def main(args: Args) -> None:
         try:
             with ExitStack() as cleanup:
                 if not args.evaluate:
-                    return train(args, run, settings, device, cleanup)
+                    return train(args, run, settings, env, device, cleanup)
                 open_run(run, args, cleanup)
                 figures = evaluate(Path(args.evaluate), args, settings, args.eval_episodes or 10, run)
-                (run / "metrics.json").write_text(json.dumps(figures | {"train/steps": checkpoint["step"]}, indent=2))
+                figures |= {"train/steps": checkpoint["step"]}
+                envs.write_whole(run / "metrics.json", partial(Path.write_text, data=json.dumps(figures, indent=2)))
                 return print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
         except UserError:
             raise

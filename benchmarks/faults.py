@@ -139,7 +139,8 @@ def main(args: Args) -> None:
         print(f"{key:<52}{value:10.3f}")
     path = Path(args.output) / "faults.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2))
+    before = json.loads(path.read_text()) if path.is_file() else {}  # the half that was not run now stays
+    path.write_text(json.dumps(before | result, indent=2))
     print(f"written: {path}")
     grown = [key for key, value in result.items() if "over first" in key and abs(value - 1) > 0.02]
     if grown or not result.get("kills/end as if nothing had happened", 1):

@@ -66,14 +66,8 @@ def main(args: Args) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     waiting, rows, failed = [], [], []
     for env_id, variant, seed in ((e, v, s) for s in args.seeds for e in args.envs for v in args.variants):
-        flags = [
-            f"--env={env_id}",
-            f"--seed={seed}",
-            f"--exp-name={variant}",
-            "--resume=auto",
-            *shlex.split(VARIANTS[variant]),
-            *shlex.split(args.flags),
-        ]
+        own = [f"--env={env_id}", f"--seed={seed}", f"--exp-name={variant}", "--resume=auto"]
+        flags = own + shlex.split(VARIANTS[variant]) + shlex.split(args.flags)
         run = tyro.cli(talas.Args, args=flags)
         for masker in {run.masker, run.clean_masker or run.masker} - {"none"}:
             talas.find_masker(run, masker, torch.device("cpu"))  # one after the other, with all cores; here only to have them

@@ -99,6 +99,7 @@ BROKEN_PHOTOGRAPHS: dict[str, Callable[[Path], object]] = {
     "a program": lambda path: shutil.copy(os.path.realpath("/proc/self/exe"), path),
     "3.6 gigapixels by its header": lambda path: path.write_bytes(png_header(60_000, 60_000)),
     "60 megapixels by its header": lambda path: path.write_bytes(png_header(10_000, 6_000)),
+    "60 megapixels, and all there": lambda path: PIL.Image.new("L", (10_000, 6_000)).save(path, "png"),
     "no pixel by its header": lambda path: path.write_bytes(png_header(0, 10)),
     "a folder": lambda path: path.mkdir(),
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
@@ -167,6 +168,9 @@ BROKEN_VIDEOS = {name: BROKEN_PHOTOGRAPHS[name] for name in ("nothing in it", "a
     "without its index": lambda path: (write_video(path, macro_block_size=8), path.write_bytes(path.read_bytes().replace(b"moov", b"xxxx"))),
     "a photograph": lambda path: path.write_bytes(png_header(10, 10)),
     "900 megapixels by its header": huge_video,
+    "52 megapixels by its header, and all there": lambda path: imageio.mimwrite(
+        path, [np.zeros((6500, 8000, 3), np.uint8)], fps=1, codec="mjpeg", macro_block_size=4
+    ),
 }
 
 

@@ -782,12 +782,12 @@ def test_a_flipped_bit_is_found(tmp_path):
         envs.load_tensors(path)
 
 
-def make_run(seed: int) -> tuple[rl.Agent, rl.Replay, gym.Space]:
+def make_run(seed: int, capacity: int = 40) -> tuple[rl.Agent, rl.Replay, gym.Space]:
     agent, space = make_agent(), gym.spaces.Box(-1, 1, (1, A))
     torch.manual_seed(seed)
     space.seed(seed)
     jitter(agent, 0.01)
-    return agent, rl.Replay(1, 40, (9, 84, 84), P, A, torch.device("cpu")), space
+    return agent, rl.Replay(1, capacity, (9, 84, 84), P, A, torch.device("cpu")), space
 
 
 def live(agent: rl.Agent, replay: rl.Replay, space: gym.Space, episodes: int) -> None:
@@ -802,7 +802,7 @@ def live(agent: rl.Agent, replay: rl.Replay, space: gym.Space, episodes: int) ->
         agent.update(replay.sample(4))
 
 
-@pytest.mark.parametrize("damage", [None, "newest", "replay", "all"])
+@pytest.mark.parametrize("damage", [None, "newest", "replay", "content", "all"])
 def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
     """Weights, optimisers, replay and chance, bit for bit; a damaged state is named, and the one before it used; two generations are kept."""
     run, progress = make_run(1), rl.Progress(frames=[0])
@@ -821,6 +821,9 @@ def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
         data = bytearray((tmp_path / "0000000080.replay.pt").read_bytes())
         data[len(data) // 2] ^= 4
         (tmp_path / "0000000080.replay.pt").write_bytes(data)
+    if damage == "content":  # it can be read, replay and all, but is of another agent
+        path = tmp_path / "0000000080.state.pt"
+        envs.save_tensors(path, envs.load_tensors(path) | {"agent": {}})
     if damage == "all":
         (tmp_path / "0000000070.state.pt").write_bytes(b"")
         with pytest.raises(UserError, match="none of its checkpoints can be used"):
@@ -847,6 +850,19 @@ def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
     fresh = make_run(3)
     assert rl.load_state(tmp_path, *fresh).step == loaded.step + 40
     assert torch.equal(fresh[1].frames, other[1].frames) and torch.equal(fresh[1].valid, other[1].valid)
+
+
+def test_a_state_that_cannot_be_used_leaves_nothing_in_replay(tmp_path):
+    """Its part of replay was read before its weights turned out to be another agent's."""
+    run = make_run(1, capacity=200)
+    for step, before in ((50, [0]), (60, [55])):
+        live(*run, 5 if step == 50 else 1)
+        rl.save_state(tmp_path, rl.Progress(step=step, frames=run[1].n.tolist()), *run, before)
+    path = tmp_path / "0000000060.state.pt"
+    envs.save_tensors(path, envs.load_tensors(path) | {"agent": {}})
+    other = make_run(2, capacity=200)
+    assert rl.load_state(tmp_path, *other).step == 50
+    assert other[1].n.tolist() == [55] and other[1].valid.nonzero().squeeze(1).tolist() == [i for i in range(55) if i % 11 != 10]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
