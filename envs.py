@@ -64,6 +64,16 @@ class UserError(ValueError):
     """Something that the person at the keyboard can mend. The scripts print it as one line and exit with 1."""
 
 
+def check_numbers(args: Any, **least: float) -> None:
+    """Raises UserError for a flag whose number makes no sense: by default, whole ones are at least 1 and others at least 0. None is a default."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low = least.get(name, 0 if name == "seed" or isinstance(value, float) else 1)
+            high = {"gamma": 1, "tau": 1, "seed": 2**31 - 1}.get(name, 1e9)
+            if not low <= value <= high:  # NaN is neither
+                raise UserError(f"--{name.replace('_', '-')} {value}: has to be a number from {low:,} to {high:,.0f}")
+
+
 def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.device, bool]:
     """Seed torch; the device called `name` (auto: a GPU if there is one), and whether bf16 is fast on it. Raises UserError if it is not there."""
     try:
@@ -71,8 +81,6 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
-    if seed < 0:
-        raise UserError(f"--seed {seed}: has to be 0 or more")
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     with contextlib.suppress(AttributeError, OSError):  # glibc only
@@ -682,6 +690,10 @@ class TalasEnv(gym.Env):
             int(mujoco.mjtObj.mjOBJ_TENDON): [t for t in range(model.ntendon) if named(model.tendon(t).name)],
         }
 
+    def nameable(self, prompt: str) -> str:
+        """The prompt, if the simulator can name all of it, and otherwise the task's own: what a language model's masks are compared with."""
+        return prompt if all(phrase in self.vocabulary for phrase in parse_prompt(prompt)) else self.row.prompt
+
     def show(self, state: list[np.ndarray], t: int) -> np.ndarray:
         """(H, W, 3) uint8: a state taken from another setting of the same task (`get_state`), before this episode's background at step t."""
         mujoco.mj_setState(self.model, self.data, state[0], mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -759,13 +771,18 @@ def load_photographs(folder: str | None, count: int, seed: int, part: Literal["a
     return torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).contiguous()
 
 
-def read_photograph(path: Path) -> np.ndarray | None:
-    """(128, 128, 3) uint8 RGB: the centre square of one image file, or None, with a warning, if it cannot be decoded."""
-    image = None
+def decode_image(path: Path, flags: int) -> np.ndarray | None:
+    """(H, W, 3) uint8 BGR or (H, W) uint8, as OpenCV's flags say, or None if the file cannot be decoded."""
     with contextlib.suppress(Exception), warnings.catch_warnings(action="error"):  # damaged files fail in many ways
         if path.is_file():  # a pipe would wait for ever
             PIL.Image.open(path).close()  # reads the header, and refuses one that promises more than MAX_PIXELS
-            image = cv2.imdecode(np.fromfile(path, np.uint8, count=1 << 28), cv2.IMREAD_COLOR)
+            return cv2.imdecode(np.fromfile(path, np.uint8, count=1 << 28), flags)
+    return None
+
+
+def read_photograph(path: Path) -> np.ndarray | None:
+    """(128, 128, 3) uint8 RGB: the centre square of one image file, or None, with a warning, if it cannot be decoded."""
+    image = decode_image(path, cv2.IMREAD_COLOR)
     if image is None:
         warnings.warn(f"{path}: skipped, cannot be decoded as an image", stacklevel=2)
         return None

@@ -644,7 +644,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
             frame, grey = obs["pixels"][-3:].transpose(1, 2, 0), newest[..., None]
             film.append(np.concatenate([frame, grey.repeat(3, 2), (frame * (grey / 255)).astype(np.uint8)], 1))
         if checkpoint["prompt"] and step % 5 == 0:
-            true = env.segment(checkpoint["prompt"])
+            true = env.segment(env.nameable(checkpoint["prompt"]))
             ious.append([mask_iou(newest[None] > 127, true[None], tolerance)[0] for tolerance in (0, 1)])
         obs, reward, terminated, truncated, info = env.step(agent.act(pixels, mask, proprio, mean=True)[0])
         total, step, done = total + reward, step + 1, terminated or truncated
@@ -848,11 +848,9 @@ def main(args: Args) -> None:
             args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
     if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
         raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
-    counts = (args.total_timesteps, args.batch_size, args.eval_every, args.eval_episodes or 1, args.num_envs, args.checkpoint_every)
-    if min(counts) < 1 or args.replay_size < 100 * args.num_envs:
-        raise UserError(
-            "--total-timesteps, --batch-size, --num-envs, --eval-... and --checkpoint-every: at least 1; --replay-size: 100 per environment"
-        )
+    envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
+    if args.replay_size < 100 * args.num_envs:
+        raise UserError(f"--replay-size {args.replay_size}: has to be at least 100 per environment")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases: pip install wandb")
     distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")

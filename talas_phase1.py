@@ -8,10 +8,13 @@ masker ψ_T, learns to do the same in a fraction of a millisecond.
 
     python talas_phase1.py --env walker_walk
 
-The segmenter that is built in, `sim`, looks the prompt's phrases up in the simulator: privileged masks, the yardstick that needs no
-download. The method's own is a language-conditioned video model; whatever it is, it stands behind one function, `segment_frames`.
+Three segmenters turn frames and a prompt into masks. `sim`, the default, looks the prompt's phrases up in the simulator: privileged
+masks, the yardstick that needs no download. `sam` finds each phrase with an open-vocabulary detector and cuts it out with Segment
+Anything. `masks` reads what any other tool made of frames that --export-frames wrote: above all SAMWISE, a video model, the paper's.
+Whoever made them, they lie as <phrase>.../<sequence>/<number>.png, a binary image for each frame: the seam, and the cache.
 """
 
+import contextlib
 import fnmatch
 import functools
 import json
@@ -19,9 +22,11 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +49,9 @@ from envs import Setting, TalasEnv, UserError, augment, make_env, mask_iou, mujo
 class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
     prompt: str | None = None  # what belongs to the task, in plain English; by default the task's own prompt
-    segmenter: Literal["sim"] = "sim"  # who turns frames and prompt into masks; sim: the simulator's segmentation by vocabulary look-up (privileged)
+    segmenter: Literal["sim", "sam", "masks"] = "sim"
+    """who turns frames and prompt into masks. sim: the simulator, by vocabulary look-up (privileged); sam: a detector and Segment Anything; masks:
+    another tool, whose masks of the frames of --export-frames are read from --masks"""
     seed: int = 1  # seeds the frames, the network and the batches
     frames: int | None = None  # clean frames to train on; by default 5,000, fewer on tasks that render slowly
     test_frames: int = 500  # frames that training never sees, for the IoU figures
@@ -56,6 +63,20 @@ class Args:
     overlay: str | None = None  # folder of photographs, only to report IoU on; or set TALAS_OVERLAY; synthetic images without one
     overlay_images: int = 5000  # how many photographs to sample from the folder
     output: str | None = None  # where the teacher and its frames go; by default runs/maskers/<env>
+
+    # the segmenters sam and masks
+    segment_frames: int = 1000  # frames to segment, instead of --frames, in whole sequences: rendering them large and the models are slow
+    segment_size: int = 512  # pixels, height and width, of what the models see; masks come down to 84 by area
+    sequence_length: int | None = None  # consecutive frames in a sequence, of which half begin in spread states; by default 16, with sam 1
+    export_frames: str | None = None  # write the frames to this folder, as <sequence>/<number>.png, and stop
+    masks: tuple[str, ...] = ()  # folders of masks, <sequence>/<number>.png, 0 and 255, any size; several are united; name them by their phrases
+    detector: str = "IDEA-Research/grounding-dino-tiny"
+    """what grounds phrases as boxes: Grounding DINO or OWLv2 (google/owlv2-base-patch16-ensemble), by its name on the hub or a local folder"""
+    box_threshold: float = 0.3  # the detector's confidence from which a box counts (OWLv2 wants about 0.1)
+    sam_type: Literal["vit_b", "vit_l", "vit_h"] = "vit_b"  # Segment Anything's size
+    sam_checkpoint: str | None = None  # its weights, for instance sam_vit_b_01ec64.pth
+    iou_threshold: float = 0.0  # Segment Anything's own estimate of a mask's IoU from which the mask counts
+
     exp_name: str = "phase1"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
@@ -103,7 +124,7 @@ def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor
 
 
 # ------------------------------------------------------------------------------------------------------------ the states to look at
-Kind = Literal["spread", "random", "good"]
+Kind = Literal["spread", "random", "good", "sequence"]
 
 # Joint ranges (rad, m) by patterns of names. `spread`: for joints without limits; all others take their own. `good`: where a good policy keeps them.
 SPREAD = {"ball_in_cup_catch": {"cup_x": (-0.25, 0.25), "cup_z": (-0.2, 0.3), "ball_x": (-0.35, 0.35), "ball_z": (-0.15, 0.7)}}
@@ -220,15 +241,23 @@ def visit_states(env: TalasEnv, kind: Kind, count: int, rng: np.random.Generator
     """Bring the simulation into `count` states to be looked at, and yield at each. Nothing is rendered here.
 
     A random policy shows a masker only what a random policy sees: a pole that hangs, a walker that lies. So half of what it learns from are
-    `spread` states, from anywhere in the joints' ranges, settled for a few control steps. `good` states, for tests, are a good policy's.
+    `spread` states, from anywhere in the joints' ranges, settled for a few control steps. `good` states, for tests, are a good policy's. A `sequence`
+    is of consecutive agent steps, as a video model wants them, from a spread state or from within a random policy's episode.
     """
     task = env.task
     for i in range(count):
-        if kind == "random":
+        if kind in ("random", "sequence"):
+            steps = 1
             if i == 0 or env.below_ground:
-                task.reset(rng)
+                if kind == "sequence" and rng.random() < 0.5:
+                    place(env, "spread", rng)
+                else:
+                    task.reset(rng)
+                    steps = int(rng.integers(1, env.episode_steps // 2)) if kind == "sequence" else 1
                 action, held = rng.uniform(-1, 1, task.action_size), rng.choice([0.0, 0.8, 0.95])  # fresh noise, or pushes that get somewhere
-            for _ in range(rng.integers(1, 5) * env.repeat):  # neighbouring steps look alike, and physics is cheap beside rendering
+            if kind == "random":  # neighbouring steps look alike, and physics is cheap beside rendering
+                steps = rng.integers(1, 5)
+            for _ in range(steps * env.repeat):
                 if rng.random() >= held:
                     action = rng.uniform(-1, 1, task.action_size)
                 task.step(action)
@@ -240,24 +269,24 @@ def visit_states(env: TalasEnv, kind: Kind, count: int, rng: np.random.Generator
 
 
 # ------------------------------------------------------------------------------------------------------------ the frames
-def segment_frames(env: TalasEnv, prompt: str) -> np.ndarray:
-    """(H, W) bool: the mask m* of the frame just rendered. The seam: another segmenter maps frames and a prompt to masks here."""
-    return env.segment(prompt)
-
-
 CLIP = 50  # frames that a process collects in one go, from a seed of their own: the same frames, however many processes there are
 make_env_once = functools.lru_cache(make_env)
 
 
 def collect_clip(args: Args, prompt: str, settings: tuple[Setting, ...], clip: tuple[int, Kind, int]) -> dict[str, np.ndarray]:
-    """One clip's frames of n states, {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool}, and by setting, as it shows the same states."""
+    """One clip's frames of n states: {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool, the simulator's}; by setting, how it shows these states;
+    and of sequences, by phrase that the simulator knows, its masks (n, H, W) bool."""
     index, kind, n = clip
     rng = np.random.default_rng([args.seed, len(settings) > 0, index])
     env, *others = (make_env_once(args.env, setting, args.seed, distractors=args.distractors) for setting in ("train", *settings))
-    seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *settings)} | {"masks": np.empty((n, env.size, env.size), bool)}
+    phrases = [phrase for phrase in envs.parse_prompt(prompt) if phrase in env.vocabulary] if kind == "sequence" else []
+    seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *settings)}
+    seen |= {key: np.empty((n, env.size, env.size), bool) for key in ("masks", *phrases)}
     for i, _ in enumerate(visit_states(env, kind, n, rng)):
         seen["clean"][i] = env.render().transpose(2, 0, 1)
-        seen["masks"][i] = segment_frames(env, prompt)
+        seen["masks"][i] = env.segment(env.nameable(prompt))
+        for phrase in phrases:
+            seen[phrase][i] = env.segment(phrase)
         for setting, other in zip(settings, others, strict=True):
             if i % 25 == 0:  # a new background
                 other.reset(options={"episode": 2 * index + i // 25})
@@ -265,16 +294,191 @@ def collect_clip(args: Args, prompt: str, settings: tuple[Setting, ...], clip: t
     return seen
 
 
-def collect(args: Args, prompt: str, counts: dict[Kind, int], settings: tuple[Setting, ...], pool: Pool) -> dict[str, np.ndarray]:
+def in_processes(pool: ProcessPoolExecutor, function: Callable, jobs: list, what: str) -> list:
+    """The function's results for each job, in their order, with a bar. Raises UserError when a process dies or does not come back."""
+    futures = [pool.submit(function, job) for job in jobs]
+    try:
+        return [future.result(timeout=900) for future in tqdm(futures, what, unit="clip", mininterval=1 if sys.stderr.isatty() else 15)]
+    except (BrokenProcessPool, TimeoutError) as error:
+        raise UserError(f"{what}: a process died or hangs ({envs.brief(error)}); is there memory enough? Start the same again") from None
+
+
+def collect(args: Args, prompt: str, counts: dict[Kind, int], settings: tuple[Setting, ...], pool: ProcessPoolExecutor) -> dict[str, np.ndarray]:
     """Frames of so many states of each kind, as collect_clip's, collected by a pool of processes. Those that are shown in settings are the tests."""
-    kinds = [(kind, min(CLIP, count - i)) for kind, count in counts.items() for i in range(0, count, CLIP)]
-    clips = pool.imap(functools.partial(collect_clip, args, prompt, settings), [(index, *kind) for index, kind in enumerate(kinds)])
-    bar = {"unit": f"{CLIP} frames", "mininterval": 1 if sys.stderr.isatty() else 15}
-    clips = list(tqdm(clips, f"collect {'test' if settings else 'clean'} frames", len(kinds), **bar))
-    return {key: np.concatenate([clip[key] for clip in clips]) for key in clips[0]}
+    clip = args.sequence_length if "sequence" in counts else CLIP
+    clips = [(kind, min(clip, count - i)) for kind, count in counts.items() for i in range(0, count, clip)]
+    jobs = [(index, *clip) for index, clip in enumerate(clips)]
+    collected = in_processes(pool, functools.partial(collect_clip, args, prompt, settings), jobs, f"collect {'test' if settings else 'clean'} frames")
+    return {key: np.concatenate([clip[key] for clip in collected]) for key in collected[0]}
+
+
+# ------------------------------------------------------------------------------------------------------------ the segmenters sam and masks
+MOST_BOXES = 10  # of a phrase in a frame, the surest: a mask each, and hundreds of a hesitant detector's would fill the memory
+SAM_WEIGHTS = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+DETECTOR_FILES = """without a network, put its config.json, model.safetensors, preprocessor_config.json, tokenizer.json, tokenizer_config.json, \
+special_tokens_map.json and vocab.txt (OWLv2: vocab.json and merges.txt) into a folder, and give that as --detector"""
+
+
+def sequence_names(args: Args) -> list[str]:
+    """Folders of frames and masks, named by all that the frames depend on but their size: masks of other frames do not fit."""
+    count = -(-args.segment_frames // args.sequence_length)
+    return [f"{args.env}_seed{args.seed}_{args.sequence_length}frames_{i:04}" for i in range(count)]
+
+
+def lacking(args: Args, *folders: Path) -> list[int]:
+    """The numbers of the sequences that are not whole in each of these folders."""
+    sequences = [[folder / name for folder in folders] for name in sequence_names(args)]
+    return [i for i, paths in enumerate(sequences) if any(len(list(path.glob("[0-9]*.png"))) < args.sequence_length for path in paths)]
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    content = cv2.imencode(".png", image)[1]  # cv2.imwrite says nothing when a disk is full
+    path.parent.mkdir(parents=True, exist_ok=True)
+    envs.write_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
+def export_sequence(args: Args, folder: Path, index: int) -> None:
+    """One sequence's frames, <sequence>/<number>.png: the states that collect_clip sees, larger."""
+    env, sequence = make_env_once(args.env, "train", args.seed, image_size=args.segment_size), folder / sequence_names(args)[index]
+    for i, _ in enumerate(visit_states(env, "sequence", args.sequence_length, np.random.default_rng([args.seed, 0, index]))):
+        write_png(sequence / f"{i:05}.png", env.render()[..., ::-1])
+
+
+def export_frames(args: Args, folder: Path, pool: ProcessPoolExecutor) -> None:
+    """All sequences' frames that are not there yet."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        in_processes(pool, functools.partial(export_sequence, args, folder), lacking(args, folder), f"render {args.segment_size}² frames")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
+    """(n, size, size) bool: a folder's masks, all sequences one after the other, brought down by area. Raises UserError for each way not to fit."""
+    expected, masks, peak = [f"{i:05}.png" for i in range(args.sequence_length)], [], 0
+    for sequence in sequence_names(args):
+        where, there = f"--masks {folder}/{sequence}", {path.name for path in (folder / sequence).glob("*.png")}
+        missing, extra = sorted(set(expected) - there), sorted(there - set(expected))
+        if missing and len(missing) == len(extra):
+            raise UserError(f"{where}: misnumbered, {extra[0]} to {extra[-1]} have no frame; frames are {expected[0]} to {expected[-1]}")
+        if missing:
+            raise UserError(f"{where}: {len(missing)} of {len(expected)} masks are missing, first {missing[0]} (--segment-frames as when exported?)")
+        if extra:
+            raise UserError(f"{where}: {len(extra)} masks more than frames, first {extra[0]}; the last frame is {expected[-1]}")
+        for name in expected:
+            if (mask := envs.decode_image(folder / sequence / name, cv2.IMREAD_GRAYSCALE)) is None:
+                raise UserError(f"{where}/{name}: cannot be decoded as an image")
+            if mask.shape[0] != mask.shape[1]:
+                raise UserError(f"{where}/{name}: wrongly shaped, {mask.shape[1]} by {mask.shape[0]} pixels; the frames are square")
+            peak, down = max(peak, int(mask.max())), cv2.INTER_AREA if len(mask) > size else cv2.INTER_NEAREST
+            masks.append(cv2.resize(np.float32(mask > 127), (size, size), interpolation=down) > 0.5)
+    if not np.any(masks):
+        raise UserError(f"--masks {folder}: all {len(masks)} masks are empty (their largest value is {peak}; 255 is what the prompt names)")
+    return np.stack(masks)
+
+
+def online(url: str) -> bool:
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+        return True
+    return False
+
+
+def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str]], np.ndarray]:
+    """A function of (N, H, W, 3) uint8 frames and P phrases that returns (P, N, H, W) bool masks: boxes by the detector, masks of them by SAM."""
+    try:
+        from segment_anything import SamPredictor, sam_model_registry
+        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+    except ImportError as error:
+        raise UserError(f"--segmenter sam: {envs.brief(error)}; pip install -r requirements.txt transformers==5.24.0") from None
+    weights = Path(args.sam_checkpoint or "")
+    if not weights.is_file():
+        raise UserError(f"--sam-checkpoint {weights}: no such file; {args.sam_type}'s weights are at {SAM_URL}{SAM_WEIGHTS[args.sam_type]}")
+    try:
+        sam = sam_model_registry[args.sam_type]()
+        sam.load_state_dict(envs.load_plain(weights))
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"--sam-checkpoint {weights}: not the weights of {args.sam_type} ({envs.brief(error)})") from None
+    there = {"local_files_only": Path(args.detector).is_dir() or not online("https://huggingface.co")}  # the hub's own retries take minutes
+    try:
+        processor = AutoProcessor.from_pretrained(args.detector, **there)
+        detector = AutoModelForZeroShotObjectDetection.from_pretrained(args.detector, use_safetensors=True, **there).to(device).eval()
+    except Exception as error:  # no network, no files, damaged files: each in its own way
+        raise UserError(f"--detector {args.detector}: cannot be loaded ({envs.brief(error)}); {DETECTOR_FILES}") from None
+    predictor = SamPredictor(sam.to(device).eval())
+
+    @torch.no_grad()
+    def segment(frames: np.ndarray, phrases: list[str]) -> np.ndarray:
+        frames, masks, found = np.ascontiguousarray(frames), np.zeros((len(phrases), *frames.shape[:3]), bool), []
+        for phrase in phrases:  # one at a time: of several in one sentence, Grounding DINO does not always say which it has found
+            inputs = processor(images=list(frames), text=[[phrase]] * len(frames), return_tensors="pt").to(device)
+            sizes = [frames.shape[1:3]] * len(frames)  # boxes (K, 4) come in pixels: left, top, right, bottom
+            detected = processor.post_process_grounded_object_detection(detector(**inputs), threshold=args.box_threshold, target_sizes=sizes)
+            found.append([one["boxes"][one["scores"].argsort(descending=True)[:MOST_BOXES]] for one in detected])
+        for i, frame in enumerate(frames):
+            boxes = [of_phrase[i] for of_phrase in found]
+            if sum(map(len, boxes)):
+                predictor.set_image(frame)  # what takes the time: once a frame, whatever the phrases
+                scaled = predictor.transform.apply_boxes_torch(torch.cat(boxes), frame.shape[:2])
+                drawn, quality, _ = predictor.predict_torch(None, None, scaled, multimask_output=False)  # (K, 1, H, W) bool, (K, 1)
+                drawn = drawn[:, 0] & (quality >= args.iou_threshold)[..., None]
+                masks[:, i] = [part.any(0).cpu().numpy() for part in drawn.split([len(part) for part in boxes])]
+        return masks
+
+    return segment
+
+
+def run_sam(args: Args, phrases: list[str], device: torch.device, pool: ProcessPoolExecutor) -> list[Path]:
+    """Write what is not there yet of a folder of masks per phrase, named by phrase, models and thresholds; returns the folders."""
+    names, cache = sequence_names(args), Path(f"runs/segmented/{args.env}")
+    models = f"{Path(args.detector).name}__{Path(args.sam_checkpoint or '').stem}__{args.box_threshold}__{args.iou_threshold}__{args.segment_size}"
+    folders, frames = [cache / f"{phrase.replace(' ', '_')}__{models}" for phrase in phrases], cache / f"frames__{args.segment_size}"
+    if wanted := lacking(args, *folders):
+        segment = load_sam(args, device)  # before the rendering: what is wrong with the weights shows at once
+        export_frames(args, frames, pool)
+    for i in tqdm(wanted, "segment", unit="sequence", mininterval=1 if sys.stderr.isatty() else 15):
+        paths = [frames / names[i] / f"{number:05}.png" for number in range(args.sequence_length)]
+        for folder, masks in zip(folders, segment(np.stack([cv2.imread(str(path))[..., ::-1] for path in paths]), phrases), strict=True):
+            for path, mask in zip(paths, masks, strict=True):
+                write_png(folder / names[i] / path.name, np.uint8(mask) * 255)
+    return folders
+
+
+def segment(args: Args, prompt: str, device: torch.device, pool: ProcessPoolExecutor, size: int) -> dict[str, np.ndarray]:
+    """The masks m* of sam or of another tool, (n, size, size) bool, by what their folders are named by: a phrase of the prompt."""
+    folders = [Path(folder) for folder in args.masks] or run_sam(args, envs.parse_prompt(prompt), device, pool)
+    parts = {" ".join(envs.parse_prompt(folder.name.split("__")[0].replace("_", " "))): read_masks(args, folder, size) for folder in folders}
+    found = np.any(list(parts.values()), axis=0).any((1, 2))
+    if found.mean() < 0.5:
+        where = f"in {len(found) - found.sum()} of {len(found)} frames, see {', '.join(map(str, folders))}"
+        raise UserError(f"--prompt {prompt!r}: nothing was found {where}; try other words, or a lower --box-threshold or --iou-threshold")
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------------ the report
+def report_segmenter(parts: dict[str, np.ndarray], training: dict[str, np.ndarray], sheet: Path) -> dict[str, float]:
+    """How good the segmenter is: by part (a phrase's masks) and together, IoU with the simulator's masks, printed and as figures; and a picture of
+    the ten worst frames: frame, what the segmenter keeps, what the simulator does. `training` is collect's."""
+    union = np.any(list(parts.values()), axis=0)
+    figures, rows = {}, [(name, masks, training.get(name)) for name, masks in parts.items()] + [("together", union, training["masks"])]
+    print(f"\n{'segmented':<24}{'found':>7}{'IoU with the simulator':>24}")
+    for name, masks, true in rows:
+        found, iou = float(masks.any((1, 2)).mean()), None if true is None else float(mask_iou(masks, true).mean())
+        print(f"{name:<24}{found:>7.0%}{'–' if iou is None else f'{iou:.3f}':>24}")  # –: not in the simulator's vocabulary
+        figures |= {f"segmenter/found/{name}": found} | ({} if iou is None else {f"segmenter/iou/{name}": iou})
+    worst = np.argsort(mask_iou(union, training["masks"]))[:10]
+    frames = training["clean"][worst]
+    write_sheet(sheet, [np.concatenate(frames * keep, 2) for keep in (1, union[worst, None], training["masks"][worst, None])])
+    return figures
+
+
+def write_sheet(path: Path, rows: list[np.ndarray]) -> None:
+    """A PNG of rows (3, h, w), one below the other, twice as large."""
+    picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
+    cv2.imwrite(str(path), cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+
+
 def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, bf16: bool, sheet: Path) -> dict[str, float]:
     """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well."""
     figures, rows, n = {}, [], len(tests["masks"])
@@ -288,46 +492,67 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, b
         print(f"{key:<14}{iou:>8.3f}{iou_1px:>10.3f}")
         figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
         rows.append(np.concatenate([np.concatenate([frames[i], frames[i] * pred[i]], axis=2) for i in chosen], axis=2))
-    picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    cv2.imwrite(str(sheet), cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    write_sheet(sheet, rows)
     return figures
 
 
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args) -> None:
-    started = time.time()
     args.env = envs.resolve_env_id(args.env)
     prompt = args.prompt or envs.task_row(args.env).prompt
+    envs.check_numbers(args, frames=2, test_frames=4, overlay_images=10)
     device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
-
-    if args.test_frames < 4 or (args.frames or 2) < 2:
-        raise UserError("--frames and --test-frames: at least 2 and 4, so that there is one of each kind")
     args.distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     if args.distractors and not Path(args.distractors).is_dir():
         raise UserError(f"--distractors {args.distractors}: no such folder")
-    output = Path(args.output or f"runs/maskers/{args.env}")
-    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if (args.segmenter == "masks") != bool(args.masks):
+        raise UserError("--segmenter masks and --masks FOLDER go together; --export-frames writes the frames that the masks are to be of")
+    args.sequence_length = args.sequence_length or (1 if args.segmenter == "sam" and not args.export_frames else 16)
     env = make_env(args.env, "train", args.seed)
     env.reset()
-    env.segment(prompt)  # a phrase that the task does not know is an error before anything is written
+    if args.segmenter == "sim":
+        env.segment(prompt)  # a phrase that the simulator does not know is an error before anything is written
     env.close()
+    # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
+    pool = ProcessPoolExecutor(min(os.cpu_count(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
+    try:
+        if args.export_frames:
+            export_frames(args, Path(args.export_frames), pool)
+            return print(f"written: {len(sequence_names(args))} sequences of {args.sequence_length} frames in {args.export_frames}/")
+        parts = {} if args.segmenter == "sim" else segment(args, prompt, device, pool, env.size)
+        train(args, prompt, parts, device, bf16, pool)
+    finally:
+        for process in multiprocessing.active_children():  # whatever they are in the middle of
+            process.kill()
+
+
+def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.device, bf16: bool, pool: ProcessPoolExecutor) -> None:
+    """Collect frames, train the teacher on the segmenter's masks of them (parts; if none, the simulator's), report, and write it all."""
+    started, output = time.time(), Path(args.output or f"runs/maskers/{args.env}")
+    run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "test")  # Phase II trains on the others
     output.mkdir(parents=True, exist_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
     writer = SummaryWriter(run)
 
+    # ---- the frames, and the segmenter's masks m* of them
     n, t = args.frames or envs.task_row(args.env).mask_frames, args.test_frames
+    if parts:
+        n = len(next(iter(parts.values())))
     print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
     settings = ("procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir()))
-    # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), 8), envs.start_worker) as pool:
-        # The tests first: what is wrong with the media shows at once.
-        tests = collect(args, prompt, {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, settings, pool)
-        training = collect(args, prompt, {"spread": n // 2, "random": n - n // 2}, (), pool)
+    # The tests first: what is wrong with the media shows at once. Their masks are the simulator's, the yardstick.
+    tests = collect(args, prompt, {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, settings, pool)
+    training = collect(args, prompt, {"sequence": n} if parts else {"spread": n // 2, "random": n - n // 2}, (), pool)
     overlay = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
     tests = {"clean": tests.pop("clean"), "overlay": overlay, **tests}
-    frames, masks = training["clean"], training["masks"]
+    frames, masks, figures = training["clean"], training["masks"], {}
+    if parts:
+        figures, masks = report_segmenter(parts, training, run / "worst_masks.png"), np.any(list(parts.values()), axis=0)
+        found = masks.any((1, 2))
+        print(f"left out rather than taught as empty: {n - found.sum()} of {n} frames, in which nothing was found")
+        frames, masks, n = frames[found], masks[found], int(found.sum())
     if not masks.any():
         raise UserError(f"--prompt {prompt!r}: not one pixel of {n} frames shows it")
     arrays = {"train_frames": frames, "train_masks": np.packbits(masks), **{f"test_{key}": value for key, value in tests.items()}}
@@ -359,16 +584,18 @@ def main(args: Args) -> None:
             bar.set_postfix(bce=f"{bce.item():.4f}", refresh=False)
 
     # ---- what came of it
-    figures = report(masker, tests, device, bf16, run / "masks.png")
+    figures |= report(masker, tests, device, bf16, run / "masks.png")
     for key, value in figures.items():
         writer.add_scalar(key, value, args.steps)
     writer.close()
     figures |= {"frames": n, "test_frames": args.test_frames, "train/updates": args.steps, "mask_pixels": float(masks.sum((1, 2)).mean())}
     figures |= {"seconds": round(time.time() - started, 1)}
     (run / "metrics.json").write_text(json.dumps(figures, indent=2))
-    checkpoint = {"kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt, "state_dict": masker.cpu().state_dict()}
+    checkpoint = {"kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt, "segmenter": args.segmenter}
+    checkpoint["state_dict"] = masker.cpu().state_dict()
     envs.save_tensors(output / "teacher.pt", checkpoint)
-    print(f"\nwritten: {output}/teacher.pt, {output}/frames.npz, {run}/metrics.json, {run}/masks.png (look at it)")
+    pictures = f"{run}/masks.png" + (f", {run}/worst_masks.png" if parts else "")
+    print(f"\nwritten: {output}/teacher.pt, {output}/frames.npz, {run}/metrics.json, {pictures} (look at it)")
 
 
 if __name__ == "__main__":

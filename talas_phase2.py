@@ -142,6 +142,7 @@ def main(args: Args) -> None:
     started = time.time()
     args.env = envs.resolve_env_id(args.env)
     args.steps = args.steps or envs.task_row(args.env).student_steps
+    envs.check_numbers(args, shift=0, overlay_images=10)
     device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
 
     folder = Path(args.maskers or f"runs/maskers/{args.env}")

@@ -23,6 +23,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+import tyro
 from filelock import FileLock
 
 import envs
@@ -433,7 +434,7 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, ["--resume=nowhere"], "nowhere: not the folder of a run"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
-    (PHASE1, ["--env=walker_walk", "--seed=-1"], "has to be 0 or more"),
+    (PHASE1, ["--env=walker_walk", "--seed=-1"], "seed -1: has to be a number from 0 to"),
     (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
     (RL, ["--no-such-flag=1"], "--no-such-flag"),  # tyro answers these itself, in a box, with exit code 2
     (PHASE1, ["--frames=many"], "--frames"),
@@ -457,6 +458,30 @@ def answers(tmp_path_factory):
 @pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[" ".join([script, *args]) for script, args, _ in MISTAKES])
 def test_mistakes(answers, i):
     assert MISTAKES[i][2] in answers[i].result()
+
+
+NUMBERS = [
+    (script, field.name)
+    for script in (RL, PHASE1, PHASE2)
+    for field in fields(importlib.import_module(script).Args)
+    if re.search("int|float", str(field.type))
+]
+
+
+@pytest.mark.parametrize(("script", "name"), NUMBERS)
+def test_numbers_that_make_no_sense(script, name):
+    """Of each numeric flag: less than nothing, endless, not a number, beyond what anything could hold. One line that names the flag, at once."""
+    module, flag = importlib.import_module(script), f"--{name.replace('_', '-')}"
+    for value in ("-1", "-1e-9", "nan", "inf", "1e30", "10000000000000000000000", "1,5", "½", ""):
+        try:
+            args = tyro.cli(module.Args, args=["--env=walker_walk", f"{flag}={value}"], console_outputs=False)
+        except SystemExit as parsed:
+            assert parsed.code == 2, "tyro's own answer"
+            continue
+        with pytest.raises(envs.UserError) as error:
+            module.main(args)
+        assert str(error.value).startswith(f"{flag} ")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("script", "flag", "which"), [(RL, "masker-path", "student"), (PHASE2, "maskers", "teacher")])
