@@ -831,21 +831,20 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args) -> None:
-    args.env, run = envs.resolve_env_id(args.env), None
+    args.env, own, run = envs.resolve_env_id(args.env), None, None
     if args.evaluate:  # the agent's own arguments, but for what this evaluation was asked for
         checkpoint, keys = load_agent(Path(args.evaluate))[1], ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision")
         own = replace(checkpoint["args"], device="cpu", cudagraphs=False)  # episodes are played on the CPU, wherever the agent was trained
-        args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
-    elif args.resume:  # the run's own arguments, but for the length and where things are
-        run, keys = find_run(args), ("resume", "total_timesteps", "checkpoint_every", "device", "distractors", "overlay", "masker_path")
-        if run and (run / "metrics.json").is_file():
+    elif args.resume and (run := find_run(args)):  # the run's own arguments, but for the length and where things are
+        if (run / "metrics.json").is_file():
             return print(f"{run} came to its end before; nothing to do")
-        if run:
-            try:
-                own = Args(**json.loads((run / "args.json").read_text()))
-            except Exception as error:  # damaged files fail in many ways
-                raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {envs.brief(error)})") from None
-            args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
+        keys = ("resume", "total_timesteps", "checkpoint_every", "device", "distractors", "overlay", "masker_path")
+        try:
+            own = Args(**json.loads((run / "args.json").read_text()))
+        except Exception as error:  # damaged files fail in many ways
+            raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {envs.brief(error)})") from None
+    if own:
+        args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
     if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
         raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
     envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
