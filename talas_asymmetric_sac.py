@@ -513,8 +513,7 @@ def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
         raise UserError(f"--evaluate {path}: no such checkpoint")
     try:
         checkpoint = envs.load_tensors(path)
-        args = Args(**checkpoint["args"])
-        checkpoint["args"] = args = replace(args, precision=precision or args.precision)
+        checkpoint["args"] = args = Args(**checkpoint["args"] | ({"precision": precision} if precision else {}))
         agent = Agent(args, *checkpoint["spaces"], None if args.masker == "none" else Masker().to(memory_format=torch.channels_last), None)
         agent.load_state_dict(checkpoint["weights"])
         return agent, checkpoint
@@ -546,10 +545,8 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
     state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "actions": actions.np_random.bit_generator.state}
     envs.save_tensors(folder / f"{progress.step:010}.state.pt", state)
     states = sorted(folder.glob("[0-9]*.state.pt"))
-    oldest = int(states[-2:][0].name[:10])
-    outlived = [
-        path for path in folder.glob("[0-9]*.replay.pt") if oldest - int(path.name[:10]) >= replay.capacity * len(replay.n)
-    ]  # overwritten since
+    oldest, kept = int(states[-2:][0].name[:10]), replay.capacity * len(replay.n)
+    outlived = [path for path in folder.glob("[0-9]*.replay.pt") if oldest - int(path.name[:10]) >= kept]  # overwritten since
     for path in states[:-2] + outlived:
         path.unlink()
 
