@@ -1,14 +1,11 @@
 """Everything that the three TaLaS scripts share: tasks, visual settings, simulator masks, photographs and augmentations.
 
-    env = make_env("walker_walk", "video_hard", seed=1, distractors="distractors/")    # a gymnasium.Env
-    obs, info = env.reset(options={"episode": 3})       # {"pixels": (9, 84, 84) uint8, "proprio": (P,) float32}
-    mask = env.unwrapped.segment("the walker")          # (84, 84) bool, the simulator's own, of the frame just rendered
+env = make_env("walker_walk", "video_hard", seed=1, distractors="distractors/")    # a gymnasium.Env
+obs, info = env.reset(options={"episode": 3})       # {"pixels": (9, 84, 84) uint8, "proprio": (P,) float32}
+mask = env.unwrapped.segment("the walker")          # (84, 84) bool, the simulator's own, of the frame just rendered
 
-    python envs.py                  lists the tasks
-    python envs.py --env hammer     writes a picture of that task under every setting, with its mask
-
-From top to bottom: the table of tasks; the three loaders (dm_control's suite, the Unitree A1, the Adroit hand); backgrounds and colours;
-`TalasEnv`, which adds cameras, settings and masks to any loader; and the photographs and augmentations that Phase II and the agent train with.
+python envs.py                  lists the tasks
+python envs.py --env hammer     writes a picture of that task under every setting, with its mask
 """
 
 import atexit
@@ -16,7 +13,6 @@ import contextlib
 import ctypes
 import difflib
 import fnmatch
-import functools
 import io
 import multiprocessing
 import os
@@ -32,7 +28,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -467,7 +463,7 @@ def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
     return tuple(sorted(videos, key=lambda p: (int("".join(filter(str.isdigit, p.stem)) or 0), p.name)))
 
 
-@functools.lru_cache
+@lru_cache
 def readable_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
     """list_videos without those that cannot be decoded; a warning for each of these. Raises UserError where none is left."""
     videos = []
