@@ -537,9 +537,8 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
     writer = SummaryWriter(run)
 
     # ---- the frames, and the segmenter's masks m* of them
-    n, t = args.frames or envs.task_row(args.env).mask_frames, args.test_frames
-    if parts:
-        n = len(next(iter(parts.values())))
+    n = len(next(iter(parts.values()))) if parts else args.frames or envs.task_row(args.env).mask_frames
+    t = args.test_frames
     print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
     settings = ("procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir()))
     # The tests first: what is wrong with the media shows at once. Their masks are the simulator's, the yardstick.
