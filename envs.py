@@ -464,10 +464,10 @@ def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
 
 
 @lru_cache
-def readable_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
-    """list_videos without those that cannot be decoded; a warning for each of these. Raises UserError where none is left."""
-    videos = []
-    for path in list_videos(distractors, setting):
+def readable_videos(distractors: str, setting: Setting) -> tuple[list[Path], int]:
+    """list_videos without those that cannot be decoded, and how many these are; a warning for each. Raises UserError where none is left."""
+    listed, videos = list_videos(distractors, setting), []
+    for path in listed:
         try:
             read_video(path, 1, 84)
             videos.append(path)
@@ -475,7 +475,7 @@ def readable_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
             warnings.warn(f"{error}: skipped", stacklevel=2)
     if not videos:
         raise UserError(f"{Path(distractors) / setting}: none of its videos can be decoded")
-    return tuple(videos)
+    return videos, len(listed) - len(videos)
 
 
 def read_video(path: Path, length: int, size: int) -> np.ndarray:
@@ -569,8 +569,7 @@ class TalasEnv(gym.Env):
         if setting not in ("train", "procedural") and not self.distractors:
             raise UserError(f"{setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
         if setting.startswith("video"):
-            self._videos = readable_videos(self.distractors, setting)
-            self.videos_skipped = len(list_videos(self.distractors, setting)) - len(self._videos)
+            self._videos, self.videos_skipped = readable_videos(self.distractors, setting)
         if setting.startswith("color"):
             self._palettes = load_colours(Path(self.distractors) / f"{setting}.pt")
             self.task.recolour(self._palettes[0])  # refuses a task without the textures at once
