@@ -50,8 +50,7 @@ class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
     prompt: str | None = None  # what belongs to the task, in plain English; by default the task's own prompt
     segmenter: Literal["sim", "sam", "masks"] = "sim"
-    """who turns frames and prompt into masks. sim: the simulator, by vocabulary look-up (privileged); sam: a detector and Segment Anything; masks:
-    another tool, whose masks of the frames of --export-frames are read from --masks"""
+    """sim: the simulator's masks, by look-up (privileged); sam: a detector and Segment Anything; masks: another tool's (--masks, --export-frames)"""
     seed: int = 1  # seeds the frames, the network and the batches
     frames: int | None = None  # clean frames to train on; by default 5,000, fewer on tasks that render slowly
     test_frames: int = 500  # frames that training never sees, for the IoU figures
