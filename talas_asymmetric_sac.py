@@ -300,7 +300,7 @@ class Batch:
 
 
 class Agent(nn.Module):
-    """The networks and METHOD's losses, as functions of tensors."""
+    """The networks and the method's losses, as functions of tensors."""
 
     def __init__(self, args: Args, channels: int, proprio_dim: int, action_dim: int, masker: Masker | None, photos: torch.Tensor | None):
         super().__init__()
