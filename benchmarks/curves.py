@@ -1,4 +1,4 @@
-"""Learning curves of runs, finished or not, as one CSV and one PNG.
+"""Learning curves of runs, finished or not, as one CSV, and its picture.
 
 python benchmarks/curves.py --runs runs/<run> runs/<run> --labels TaLaS "no masker" --output results/cartpole
 """
@@ -23,34 +23,46 @@ class Args:
     """a name for each"""
     output: str
     """writes <output>.csv and <output>.png"""
-    window: int = 5
-    """episodes in the running mean"""
 
 
-def main(args: Args) -> None:
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def draw(path: Path, window: int = 5) -> None:
+    """<path>.png of a CSV that main wrote: training episodes, as a running mean over `window` of them, and evaluations."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    with Path(f"{args.output}.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", "figure", "step", "value"])
-        for run, label in zip(args.runs, args.labels, strict=True):
-            rows = list(csv.DictReader((Path(run) / "returns.csv").open()))
-            steps, returns = ([float(row[key]) for row in rows] for key in ("step", "return"))
-            writer.writerows([label, "train_return", row["step"], row["return"]] for row in rows)
-            smooth = np.convolve(returns, np.ones(args.window) / args.window, mode="valid")
-            line = axes.plot(steps[args.window - 1 :], smooth, alpha=0.6, label=f"{label}: training episodes, mean of {args.window}")[0]
-            figures = list(csv.DictReader((Path(run) / "evaluations.csv").open()))
-            writer.writerows([label, row["figure"], row["step"], row["value"]] for row in figures)
-            settings = dict.fromkeys(row["figure"].split("/")[1] for row in figures if row["figure"].endswith("/return_mean"))
-            for setting, style in zip(settings, ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False):
-                points = [(float(row["step"]), float(row["value"])) for row in figures if row["figure"] == f"eval/{setting}/return_mean"]
-                axes.plot(*zip(*points, strict=True), style, color=line.get_color(), label=f"{label}: mean policy, {setting}")
+    rows = read(path)
+    for label in dict.fromkeys(row["run"] for row in rows):
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["run"] == label:
+                points.setdefault(row["figure"], []).append((float(row["step"]), float(row["value"])))
+        steps, returns = zip(*points.pop("train_return"), strict=True)
+        smooth = np.convolve(returns, np.ones(window) / window, mode="valid")
+        line = axes.plot(steps[window - 1 :], smooth, alpha=0.6, label=f"{label}: training episodes, mean of {window}")[0]
+        means = {name.split("/")[1]: values for name, values in points.items() if name.endswith("/return_mean")}
+        for (setting, values), style in zip(means.items(), ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False):
+            axes.plot(*zip(*values, strict=True), style, color=line.get_color(), label=f"{label}: mean policy, {setting}")
     axes.set_xlabel("agent steps")
     axes.set_ylabel("episode return")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(f"{args.output}.png", dpi=130)
-    print(f"written: {args.output}.csv, {args.output}.png")
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    output = Path(f"{args.output}.csv")
+    with output.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["run", "figure", "step", "value"])
+        for run, label in zip(args.runs, args.labels, strict=True):
+            writer.writerows([label, "train_return", row["step"], row["return"]] for row in read(Path(run) / "returns.csv"))
+            writer.writerows([label, row["figure"], row["step"], row["value"]] for row in read(Path(run) / "evaluations.csv"))
+    draw(output)
+    print(f"written: {output}, {output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""The final protocol for trained agents: so many episodes of the mean policy in each setting, with starts that training never had; every episode goes
+into a table, and what produced the agent into another. `benchmarks/tables.py` makes the rest of them.
+
+python benchmarks/evaluate.py --checkpoints runs/.../checkpoint.pt --episodes 100 --settings train video_easy video_hard
+python benchmarks/evaluate.py --checkpoints runs/.../checkpoint.pt --export results/agents        writes the agent alone, in half precision, as well
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import tyro
+from scipy import stats
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import envs
+import talas_asymmetric_sac as talas
+from benchmarks.speed import processor
+from benchmarks.train_all import VARIANTS
+
+METHOD = ("masker", "clean_masker", "actor_views", "actor_judge", "critic_views", "augmentation")  # the flags that make a method
+
+
+@dataclass
+class Args:
+    checkpoints: tuple[str, ...]
+    """checkpoint.pt of runs"""
+    episodes: int = 10  # per setting: 100 for a headline figure
+    settings: tuple[envs.Setting, ...] | None = None  # by default train, video_easy, video_hard; without media train, procedural
+    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS
+    machine: str | None = None  # where the agents were trained; by default this machine
+    commit: str | None = None  # with which code; by default as the checkpoint says
+    output: str = "results"
+    """writes <output>/runs.csv, a row per agent, and <output>/evaluations.csv, a row per episode; rows of the same run are replaced"""
+    export: str | None = None  # a folder for the agents alone: masker, encoder and actor in half precision
+
+
+def method(args: talas.Args) -> str:
+    """The README's name of what these flags are."""
+    for name, flags in VARIANTS.items():
+        variant = tyro.cli(talas.Args, args=shlex.split(flags))
+        if all(getattr(variant, flag) == getattr(args, flag) for flag in METHOD):
+            return name
+    return "other"
+
+
+def command(args: talas.Args) -> str:
+    """What was typed: the arguments that are not the defaults."""
+    given = []
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if value != field.default and field.name not in ("resume", "precision"):  # precision is what auto stood for
+            values = value if isinstance(value, list | tuple) else [value]
+            given.append(" ".join([f"--{field.name.replace('_', '-')}", *map(str, values)]))
+    return " ".join(["python talas_asymmetric_sac.py", *given])
+
+
+def replace_rows(path: Path, run: str, rows: list[dict]) -> None:
+    """Write a run's rows into a CSV, in place of those that it had."""
+    before = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([row for row in before if row["run"] != run] + rows)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95% bootstrap interval of the mean over episodes."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(np.mean(values)), float(np.mean(values))
+    return tuple(stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval)
+
+
+def export(path: Path, folder: Path) -> None:
+    """The agent without critics and optimisers, in half precision: what --evaluate needs."""
+    checkpoint = envs.load_tensors(path)
+    kept = {key: value.half() for key, value in checkpoint["weights"].items() if not key.startswith(("critic.", "target_critic."))}
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{checkpoint['args']['env']}__{checkpoint['args']['exp_name']}__{checkpoint['args']['seed']}.pt"
+    envs.save_tensors(target, checkpoint | {"weights": kept})
+    print(f"written: {target}, {target.stat().st_size / 1e6:.1f} MB")
+
+
+def main(args: Args) -> None:
+    settings = args.settings or (
+        ("train", "video_easy", "video_hard") if args.distractors or os.environ.get("TALAS_DISTRACTORS") else ("train", "procedural")
+    )
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in args.checkpoints:
+        path = Path(name)
+        checkpoint = talas.load_agent(path)[1]
+        run = checkpoint["args"]
+        run.distractors = args.distractors or run.distractors
+        jobs = [(setting, episode) for setting in settings for episode in range(args.episodes)]
+        workers = min(len(jobs), os.cpu_count(), 16)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), envs.start_worker) as pool:
+            futures = [pool.submit(talas.play, path, run, job) for job in jobs]
+            played = [future.result(timeout=3 * talas.PATIENCE) for future in tqdm(futures, path.parent.name, unit="episode")]
+        label = f"{run.env}__{run.exp_name}__{run.seed}__{checkpoint['step']}"
+        rows, print_row = [], "{:<12}{:>9}{:>8}{:>18}{:>11}{:>10}{:>9}".format
+        print(f"\n{label}\n" + print_row("setting", "return", "± std", "95% interval", "clipped", "mask IoU", "success"))
+        for (setting, episode), (total, success, ious, _, _) in zip(jobs, played, strict=True):
+            iou, iou_1px = np.mean(ious, 0) if ious else (np.nan, np.nan)
+            figures = {"return": total, "iou": iou, "iou_1px": iou_1px, "success": success}
+            rows.append({"run": label, "setting": setting, "episode": episode} | {key: f"{value:.4f}" for key, value in figures.items()})
+        for setting in settings:
+            returns, iou, success = (np.array([float(row[key]) for row in rows if row["setting"] == setting]) for key in ("return", "iou", "success"))
+            low, high = interval(returns)  # clipped: each negative return as 0, as RL-ViGen averages
+            cells = f"{returns.mean():.1f}", f"{returns.std():.1f}", f"{low:.1f} to {high:.1f}", f"{returns.clip(0).mean():.1f}"
+            print(print_row(setting, *cells, f"{iou.mean():.3f}", f"{success.mean():.0%}").replace("nan%", "–").replace("nan", "–"))
+        metrics = path.parent / "metrics.json"
+        seconds = json.loads(metrics.read_text()).get("train/seconds", "") if metrics.is_file() else ""
+        about = {"run": label, "env": run.env, "method": method(run), "seed": run.seed, "agent_steps": checkpoint["step"]}
+        about |= {
+            "action_repeat": run.action_repeat or envs.task_row(run.env).repeat,
+            "segmenter": checkpoint.get("segmenter", "sim"),
+            "precision": run.precision,
+        }
+        about |= {"machine": args.machine or f"{processor()}, {os.cpu_count()} cores, no GPU", "commit": args.commit or checkpoint.get("commit", "")}
+        replace_rows(output / "runs.csv", label, [about | {"seconds": seconds, "command": command(run)}])
+        replace_rows(output / "evaluations.csv", label, rows)
+        if args.export:
+            export(path, Path(args.export))
+    print(f"\nwritten: {output}/runs.csv, {output}/evaluations.csv")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except envs.UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,184 @@
+"""Write the tables of results/README.md, between its two marks, from the committed CSVs: the page's returns beside ours, what its own tables say when
+they are counted, and where each of our figures comes from. Trains and evaluates nothing.
+
+python benchmarks/tables.py
+"""
+
+import csv
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.evaluate import interval
+
+BEGIN, END = "<!-- benchmarks/tables.py writes from here -->", "<!-- to here -->"
+DMC = ("cartpole_swingup", "walker_walk", "walker_stand", "ball_in_cup_catch", "finger_spin", "cheetah_run")
+UNITREE = ("unitree_walk", "unitree_stand")
+METHODS = {  # the README's ablations, with their names in the tables
+    "talas": "TaLaS",
+    "talas_mix": "TaLaS, mix",
+    "symmetric": "symmetric TaLaS",
+    "teacher": "TaLaS without Phase II",
+    "figure2": "TaLaS, teacher on the clean view",
+    "sada": "SADA's update",
+    "svea": "SVEA's update",
+    "sac": "SAC",
+    "other": "other flags",
+}
+
+
+@dataclass
+class Args:
+    results: str = "results"
+    """holds published_returns.csv, runs.csv, evaluations.csv and the README.md that the tables go into"""
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def published(page: list[dict[str, str]], tasks: tuple[str, ...]) -> str:
+    """The page's returns, video_easy / video_hard, with means over the tasks and the drop between them."""
+    cells = {(row["task"], row["setting"], row["method"]): float(row["mean_return"]) for row in page if row["task"] in tasks}
+    methods = list(dict.fromkeys(method for _, _, method in cells))
+    rows = [[f"`{task}`", *(f"{cells[task, 'video_easy', m]:g} / {cells[task, 'video_hard', m]:g}" for m in methods)] for task in tasks]
+    easy, hard = ({m: np.mean([cells[task, s, m] for task in tasks]) for m in methods} for s in ("video_easy", "video_hard"))
+    rows.append(["mean", *(f"{easy[m]:.1f} / {hard[m]:.1f}" for m in methods)])
+    rows.append(["drop", *(f"{1 - hard[m] / easy[m]:.1%}" for m in methods)])
+    return table(["task", *methods], rows)
+
+
+def firsts(page: list[dict[str, str]]) -> str:
+    """How often TaLaS has the highest return of a task and setting, by the page's tables."""
+    columns = defaultdict(dict)
+    for row in page:
+        columns[row["task"], row["setting"]][row["method"]] = float(row["mean_return"])
+    won = [key for key, returns in columns.items() if key[0] in DMC and max(returns, key=lambda method: returns[method]) == "TaLaS"]
+    return f"{len(won)} of {len([key for key in columns if key[0] in DMC])} ({', '.join(f'`{task}` {setting}' for task, setting in won)})"
+
+
+SHOWN = ("train", "procedural", "video_easy", "video_hard")
+
+
+def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[dict[str, str]]) -> str:
+    """A row per agent: mean return, its 95% interval over episodes, their number; the drops; the page's TaLaS and its best."""
+    rows = []
+    for run in sorted(runs, key=lambda run: (run["env"], -int(run["agent_steps"]), list(METHODS).index(run["method"]), run["seed"])):
+        cells, means = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"{int(run['agent_steps']):,} × {run['action_repeat']}"], {}
+        for setting in SHOWN:
+            returns = np.array([float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)])
+            if len(returns):
+                low, high = interval(returns)
+                means[setting] = returns.mean()
+            cells.append(f"{means[setting]:.0f} ({low:.0f} to {high:.0f}; {len(returns)})" if len(returns) else "")
+        for easy, hard in (("train", "video_hard"), ("video_easy", "video_hard")):
+            cells.append(f"{1 - means[hard] / means[easy]:.1%}" if {easy, hard} <= means.keys() else "")
+        for setting in ("video_easy", "video_hard"):
+            said = {row["method"]: float(row["mean_return"]) for row in page if (row["task"], row["setting"]) == (run["env"], setting)}
+            cells.append(f"{said['TaLaS']:g} / {max(said.values()):g}" if said else "")
+        rows.append(cells)
+    head = ["task", "method", "seed", "agent steps × repeat", "train", "procedural", "video_easy", "video_hard", "drop from train", "from easy"]
+    return table([*head, "page, easy: TaLaS / best", "page, hard: TaLaS / best"], rows)
+
+
+def masks(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
+    """Of masked agents, the IoU of the masks with the simulator's, on the frames of the very episodes above."""
+    rows = []
+    for run in runs:
+        cells = []
+        for setting in SHOWN:
+            pairs = [(float(row["iou"]), float(row["iou_1px"])) for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)]
+            iou, iou_1px = np.mean(pairs, 0) if pairs else (np.nan, np.nan)
+            cells.append("" if np.isnan(iou) else f"{iou:.3f} ({iou_1px:.3f})")
+        if any(cells):
+            rows.append([f"`{run['env']}`", METHODS[run["method"]], run["seed"], *cells])
+    return table(["task", "method", "seed", *SHOWN], rows)
+
+
+def sources(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
+    """Where each agent comes from."""
+    rows = []
+    for run in runs:
+        counts = {setting: sum((row["run"], row["setting"]) == (run["run"], setting) for row in episodes) for setting in SHOWN}
+        played = ", ".join(f"{setting} {count}" for setting, count in counts.items() if count)
+        hours = f"{float(run['seconds']) / 3600:.1f} h" if run["seconds"] else ""
+        rows.append([f"`{run['command']}`", f"`{run['commit']}`", run["machine"], run["precision"], hours, run["segmenter"], played])
+    return table(["command", "commit", "machine", "precision", "wall time", "masks", "episodes"], rows)
+
+
+def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
+    """Interquartile means over tasks and seeds, with stratified bootstrap intervals, of methods with three seeds or more on two tasks or more."""
+    scores = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
+        if returns and not run["env"].startswith(("unitree", "pen", "door", "hammer", "relocate")):
+            scores[run["method"], int(run["agent_steps"])][run["env"]].append(np.mean(returns))
+    enough = {key: tasks for key, tasks in scores.items() if len(tasks) > 1 and min(map(len, tasks.values())) > 2}
+    if not enough:
+        return "No aggregates yet: they take three seeds on two tasks."
+    from rliable import library, metrics
+
+    seeds = {key: min(map(len, tasks.values())) for key, tasks in enough.items()}
+    matrices = {key: np.array([values[: seeds[key]] for values in tasks.values()]).T for key, tasks in enough.items()}  # (seeds, tasks)
+    points, intervals = library.get_interval_estimates(matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=5000)
+    rows = [
+        [METHODS[key[0]], f"{key[1]:,}", ", ".join(enough[key]), str(seeds[key]), f"{points[key][0]:.0f}", f"{low[0]:.0f} to {high[0]:.0f}"]
+        for key, (low, high) in intervals.items()
+    ]
+    return table(["method", "agent steps", "tasks", "seeds", "video_hard, interquartile mean", "95% interval"], rows)
+
+
+def main(args: Args) -> None:
+    results = Path(args.results)
+    page, runs, episodes = (read(results / name) for name in ("published_returns.csv", "runs.csv", "evaluations.csv"))
+    text = f"""{BEGIN}
+
+### Ours
+
+Undiscounted returns of the mean policy: mean (95% bootstrap interval over episodes; their number). **The maskers of these agents learned from the
+simulator's own masks, which the page's did not**; budgets are far below the page's 500,000 agent steps; `video_easy` has 6 of its 10 videos. One row
+is one training run: intervals say nothing about other seeds. Cells that have not been run are empty.
+
+{ours(runs, episodes, page)}
+
+IoU (with a pixel of tolerance) of the masks in the same episodes:
+
+{masks(runs, episodes)}
+
+{aggregates(runs, episodes)}
+
+Where they come from:
+
+{sources(runs, episodes)}
+
+### The page's
+
+`published_returns.csv`, video_easy / video_hard; means over tasks and the drop between them, one minus their quotient, are computed here.
+
+{published(page, DMC)}
+
+{published(page, UNITREE)}
+
+By these tables TaLaS has the highest return in {firsts(page)};
+the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; the page says 332.
+
+{END}"""
+    path = results / "README.md"
+    before = path.read_text()
+    if BEGIN not in before or END not in before:
+        sys.exit(f"error: {path}: has no line {BEGIN!r} with a line {END!r} below it, between which the tables go")
+    path.write_text(before[: before.index(BEGIN)] + text + before[before.index(END) + len(END) :])
+    print(f"written: {path}, {len(runs)} runs, {len(episodes)} episodes")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
