@@ -57,9 +57,12 @@ def command(args: talas.Args) -> str:
     given = []
     for field in fields(args):
         value = getattr(args, field.name)
-        if value != field.default and field.name not in ("resume", "precision"):  # precision is what auto stood for
-            values = value if isinstance(value, list | tuple) else [value]
-            given.append(" ".join([f"--{field.name.replace('_', '-')}", *map(str, values)]))
+        if value == field.default or field.name in ("resume", "precision"):  # precision is what auto stood for
+            continue
+        flag, values = field.name.replace("_", "-"), value if isinstance(value, list | tuple) else [value]
+        if isinstance(value, bool):
+            flag, values = flag if value else f"no-{flag}", []
+        given.append(" ".join([f"--{flag}", *map(str, values)]))
     return " ".join(["python talas_asymmetric_sac.py", *given])
 
 

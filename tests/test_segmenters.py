@@ -18,6 +18,7 @@ from test_scripts import PHASE1, ROOT, finish, metrics, mistake, only, run, star
 
 import envs
 import talas_phase1 as phase1
+from benchmarks import prompts
 from envs import UserError
 
 CPU, ODD = torch.device("cpu"), 0.52  # a threshold that only the odd cell out passes
@@ -337,9 +338,6 @@ def test_segmenter_report(tmp_path, capsys):
 
 def test_prompts_benchmark(models, exported, monkeypatch, capsys):
     """Detectors, prompts and another tool's masks over the same frames: a table and a sheet."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import prompts
-
     monkeypatch.chdir(exported)
     weights = {"detectors": (str(models / "owl"),), "box_thresholds": (ODD,), "sam_checkpoint": str(models / "sam.pth")}
     prompts.main(prompts.Args(env="hammer", prompts=("the hand", "a tool"), masks=("the_hand",), frames=16, size=64, output="table", **weights))

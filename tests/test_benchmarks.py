@@ -1,0 +1,95 @@
+"""The benchmarks' arithmetic, against figures worked out by hand, and the tables of the committed CSVs."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+import talas_asymmetric_sac as rl
+from benchmarks import curves, evaluate, figures, tables, train_all
+from benchmarks.embeddings import tightness
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def test_methods_have_the_names_of_their_flags():
+    for name, flags in train_all.VARIANTS.items():
+        args = tyro.cli(rl.Args, args=[*flags.split(), "--seed=7", "--encoder=small"])
+        assert evaluate.method(args) == name
+        assert name in tables.METHODS
+    assert evaluate.method(rl.Args(critic_views="clean")) == "other"
+
+
+def test_command_is_what_was_typed():
+    typed = ["--env", "hammer", "--seed", "3", "--eval-settings", "train", "procedural", "--no-overlap"]
+    said = evaluate.command(tyro.cli(rl.Args, args=[*typed, "--resume", "auto"]))
+    assert said == "python talas_asymmetric_sac.py --env hammer --seed 3 --eval-settings train procedural --no-overlap"
+    assert tyro.cli(rl.Args, args=said.split()[2:]) == tyro.cli(rl.Args, args=typed)
+
+
+def test_interval():
+    """Of a thousand normal numbers: 1.96 standard errors on each side; of equal ones, none."""
+    values = np.random.default_rng(1).normal(500, 50, 1000)
+    low, high = evaluate.interval(values)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.3)
+    assert high - low == pytest.approx(2 * 1.96 * 50 / np.sqrt(1000), rel=0.1)
+    assert evaluate.interval(np.full(10, 7.0)) == (7, 7)
+
+
+def test_rows_of_a_run_are_replaced(tmp_path):
+    path = tmp_path / "table.csv"
+    evaluate.replace_rows(path, "a", [{"run": "a", "value": "1"}, {"run": "a", "value": "2"}])
+    evaluate.replace_rows(path, "b", [{"run": "b", "value": "3"}])
+    evaluate.replace_rows(path, "a", [{"run": "a", "value": "4"}])
+    assert [(row["run"], row["value"]) for row in tables.read(path)] == [("b", "3"), ("a", "4")]
+
+
+def test_tightness():
+    """Two states 10 apart, each twice, 1 apart: within 1, between (10, 10, √101, √101)."""
+    embeddings = np.array([[[0.0, 0], [0, 1]], [[10, 0], [10, 1]]])
+    assert tightness(embeddings) == pytest.approx(1 / np.mean([10, 10, np.sqrt(101), np.sqrt(101)]))
+    assert tightness(np.zeros((3, 4, 2)) + np.arange(3)[:, None, None]) == 0
+
+
+def test_interquartile_mean():
+    """Of three seeds on two tasks, the middle half: of 0, 100, ..., 500 the mean of 100 to 400. Two seeds are too few."""
+    runs, episodes = [], []
+    for i, (task, seed) in enumerate((task, seed) for task in ("walker_walk", "cheetah_run") for seed in "123"):
+        runs.append({"run": f"{task}{seed}", "env": task, "method": "talas", "seed": seed, "agent_steps": "1000"})
+        episodes += [{"run": f"{task}{seed}", "setting": "video_hard", "return": str(100 * i + j)} for j in (-1, 1)]
+    assert "| TaLaS | 1,000 | walker_walk 3, cheetah_run 3 | 250 |" in tables.aggregates(runs, episodes)
+    assert "No aggregates" in tables.aggregates(runs[:5], episodes)
+
+
+def test_what_the_page_says_when_it_is_counted():
+    page = tables.read(RESULTS / "published_returns.csv")
+    assert tables.firsts(page).startswith("5 of 12")
+    dmc, unitree = tables.published(page, tables.DMC), tables.published(page, tables.UNITREE)
+    assert dmc.splitlines()[-1].endswith("| 7.5% |")
+    assert "715.8 / 662.0" in dmc
+    assert "299.5 / 131.5" in unitree
+
+
+def test_tables_and_figures_come_from_the_committed_files(tmp_path):
+    """Nothing else is needed, and what is committed is what they make."""
+    for path in RESULTS.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    text = (RESULTS / "README.md").read_text()
+    (tmp_path / "README.md").write_text(text.replace(text[text.index(tables.BEGIN) + len(tables.BEGIN) : text.index(tables.END)], "\n"))
+    tables.main(tables.Args(results=str(tmp_path)))
+    assert (tmp_path / "README.md").read_text() == text
+    figures.main(figures.Args(results=str(tmp_path)))
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"cartpole.png", "returns.png"}
+
+
+def test_curves(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/returns.csv").write_text("step,return\n" + "".join(f"{10 * i},{i}\n" for i in range(1, 9)))
+    (tmp_path / "run/evaluations.csv").write_text("step,figure,value\n40,eval/train/return_mean,3.5\n80,eval/train/return_mean,7.5\n")
+    curves.main(curves.Args(runs=(str(tmp_path / "run"),), labels=("ours",), output=str(tmp_path / "curve")))
+    rows = list(csv.DictReader((tmp_path / "curve.csv").read_text().splitlines()))
+    assert [row["value"] for row in rows if row["figure"] == "train_return"] == [str(i) for i in range(1, 9)]
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
