@@ -515,7 +515,9 @@ def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
         checkpoint = envs.load_tensors(path)
         checkpoint["args"] = args = Args(**checkpoint["args"] | ({"precision": precision} if precision else {}))
         agent = Agent(args, *checkpoint["spaces"], None if args.masker == "none" else Masker().to(memory_format=torch.channels_last), None)
-        agent.load_state_dict(checkpoint["weights"])
+        missing, unexpected = agent.load_state_dict(checkpoint["weights"], strict=False)
+        if unexpected or not all(key.startswith(("critic.", "target_critic.")) for key in missing):  # an agent that was exported has no critics
+            raise ValueError("not the weights of an agent")
         return agent, checkpoint
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"--evaluate {path}: not a checkpoint of this script ({envs.brief(error)})") from None

@@ -1,4 +1,4 @@
-"""The update against METHOD.md: numbers by hand, slow loops over samples, where gradients may flow, what each ablation changes; the replay."""
+"""The update against the method: numbers by hand, slow loops over samples, where gradients may flow, what each ablation changes; the replay."""
 
 import dataclasses
 import functools
