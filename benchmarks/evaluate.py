@@ -37,7 +37,8 @@ class Args:
     settings: tuple[envs.Setting, ...] | None = None  # by default train, video_easy, video_hard; without media train, procedural
     distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS
     machine: str | None = None  # where the agents were trained; by default this machine
-    commit: str | None = None  # with which code; by default as the checkpoint says
+    commit: str = ""  # with which code
+    segmenter: str = "sim"  # whose masks the maskers learned from: sim's are privileged
     output: str = "results"
     """writes <output>/runs.csv, a row per agent, and <output>/evaluations.csv, a row per episode; rows of the same run are replaced"""
     export: str | None = None  # a folder for the agents alone: masker, encoder and actor in half precision
@@ -123,12 +124,8 @@ def main(args: Args) -> None:
         metrics = path.parent / "metrics.json"
         seconds = json.loads(metrics.read_text()).get("train/seconds", "") if metrics.is_file() else ""
         about = {"run": label, "env": run.env, "method": method(run), "seed": run.seed, "agent_steps": checkpoint["step"]}
-        about |= {
-            "action_repeat": run.action_repeat or envs.task_row(run.env).repeat,
-            "segmenter": checkpoint.get("segmenter", "sim"),
-            "precision": run.precision,
-        }
-        about |= {"machine": args.machine or f"{processor()}, {os.cpu_count()} cores, no GPU", "commit": args.commit or checkpoint.get("commit", "")}
+        about |= {"action_repeat": run.action_repeat or envs.task_row(run.env).repeat, "segmenter": args.segmenter, "precision": run.precision}
+        about |= {"machine": args.machine or f"{processor()}, {os.cpu_count()} cores, no GPU", "commit": args.commit}
         replace_rows(output / "runs.csv", label, [about | {"seconds": seconds, "command": command(run)}])
         replace_rows(output / "evaluations.csv", label, rows)
         if args.export:

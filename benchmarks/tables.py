@@ -147,8 +147,8 @@ def main(args: Args) -> None:
 ### Ours
 
 Undiscounted returns of the mean policy: mean (95% bootstrap interval over episodes; their number). **The maskers of these agents learned from the
-simulator's own masks, which the page's did not**; budgets are far below the page's 500,000 agent steps; `video_easy` has 6 of its 10 videos. One row
-is one training run: intervals say nothing about other seeds. Cells that have not been run are empty.
+simulator's own masks, which the page's did not**; budgets are far below a benchmark run's 500,000 agent steps; `video_easy` has 6 of its 10 videos.
+One row is one training run: intervals say nothing about other seeds. Cells that have not been run are empty.
 
 {ours(runs, episodes, page)}
 
