@@ -89,7 +89,8 @@ def export(path: Path, folder: Path) -> None:
     kept = {key: value.half() for key, value in checkpoint["weights"].items() if not key.startswith(("critic.", "target_critic."))}
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{checkpoint['args']['env']}__{checkpoint['args']['exp_name']}__{checkpoint['args']['seed']}.pt"
-    envs.save_tensors(target, checkpoint | {"weights": kept})
+    elsewhere = dict.fromkeys(("eval_settings", "eval_episodes", "distractors", "overlay", "masker_path", "resume"))  # what this machine has
+    envs.save_tensors(target, checkpoint | {"args": checkpoint["args"] | elsewhere, "weights": kept})
     print(f"written: {target}, {target.stat().st_size / 1e6:.1f} MB")
 
 
