@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -272,7 +273,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    args = ["--masker=none", "--eval-settings", "train", "--critic-lr=1e30", "--total-timesteps=60", "--learning-starts=42", "--checkpoint-every=20"]
+    args = ["--masker=none", "--eval-settings", "train", "--critic-lr=1e9", "--total-timesteps=60", "--learning-starts=42", "--checkpoint-every=20"]
     _, err = finish(start(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path), 1)
     assert "a loss is infinite or not a number" in err and "Traceback" not in err
     folder = only(tmp_path, "runs/*")
@@ -369,8 +370,8 @@ def test_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
     """Two processes collect what one does, clip by clip, and in the same order."""
     monkeypatch.setattr(phase1, "CLIP", 3)
     args, counts = phase1.Args(env="cartpole_swingup", seed=3), {"spread": 5, "random": 4}
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1) as one, spawn.Pool(2) as two:
+    pools = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"), initializer=envs.start_worker)
+    with pools(1) as one, pools(2) as two:
         a, b = (phase1.collect(args, "the cart and the pole", counts, ("procedural",), pool) for pool in (one, two))
     assert a.keys() == b.keys() == {"clean", "masks", "procedural"}
     assert a["clean"].shape == (9, 3, 84, 84) and a["masks"].shape == (9, 84, 84)
