@@ -67,9 +67,13 @@ def command(args: talas.Args) -> str:
     return " ".join(["python talas_asymmetric_sac.py", *given])
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+
+
 def replace_rows(path: Path, run: str, rows: list[dict]) -> None:
     """Write a run's rows into a CSV, in place of those that it had."""
-    before = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    before = read(path)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()

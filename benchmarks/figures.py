@@ -13,7 +13,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.curves import draw, plt
-from benchmarks.tables import METHODS, read
+from benchmarks.evaluate import read
+from benchmarks.tables import METHODS
 
 
 @dataclass

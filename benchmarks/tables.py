@@ -4,7 +4,6 @@ they are counted, and where each of our figures comes from. Trains and evaluates
 python benchmarks/tables.py
 """
 
-import csv
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import tyro
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.evaluate import interval
+from benchmarks.evaluate import interval, read
 
 BEGIN, END = "<!-- benchmarks/tables.py writes from here -->", "<!-- to here -->"
 DMC = ("cartpole_swingup", "walker_walk", "walker_stand", "ball_in_cup_catch", "finger_spin", "cheetah_run")
@@ -37,10 +36,6 @@ METHODS = {  # the README's ablations, with their names in the tables
 class Args:
     results: str = "results"
     """holds published_returns.csv, runs.csv, evaluations.csv and the README.md that the tables go into"""
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
