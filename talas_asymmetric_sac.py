@@ -650,15 +650,21 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
     return total, float(info.get("episode_success", math.nan)), ious, film, env.videos_skipped
 
 
-def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: int, folder: Path | None) -> dict[str, float]:
-    """Undiscounted returns and masks' IoU of a checkpoint's mean policy, by setting. With a folder, films go there, and a table is printed."""
-    jobs = [(setting, episode) for setting in settings for episode in range(episodes)]
+def play_all(path: Path, args: Args, jobs: list[tuple[Setting, int]]) -> Iterator[tuple]:
+    """What play returns for each job, in their order."""
     # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
     # Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(len(jobs), os.cpu_count(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
     futures = [pool.submit(play, path, args, job) for job in jobs]
-    played = [future.result(timeout=3 * PATIENCE) for future in futures]
+    for future in futures:
+        yield future.result(timeout=3 * PATIENCE)
     pool.shutdown()
+
+
+def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: int, folder: Path | None) -> dict[str, float]:
+    """Undiscounted returns and masks' IoU of a checkpoint's mean policy, by setting. With a folder, films go there, and a table is printed."""
+    jobs = [(setting, episode) for setting in settings for episode in range(episodes)]
+    played = list(play_all(path, args, jobs))
     figures, table = {}, f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}"
     for i, setting in enumerate(settings):
         totals, successes, ious, films, skipped = zip(*played[i * episodes : (i + 1) * episodes], strict=True)

@@ -7,11 +7,9 @@ python benchmarks/evaluate.py --checkpoints runs/.../checkpoint.pt --export resu
 
 import csv
 import json
-import multiprocessing
 import os
 import shlex
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -110,10 +108,7 @@ def main(args: Args) -> None:
         run = checkpoint["args"]
         run.distractors = args.distractors or run.distractors
         jobs = [(setting, episode) for setting in settings for episode in range(args.episodes)]
-        workers = min(len(jobs), os.cpu_count(), 16)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), envs.start_worker) as pool:
-            futures = [pool.submit(talas.play, path, run, job) for job in jobs]
-            played = [future.result(timeout=3 * talas.PATIENCE) for future in tqdm(futures, path.parent.name, unit="episode")]
+        played = list(tqdm(talas.play_all(path, run, jobs), path.parent.name, len(jobs), unit="episode"))
         label = f"{run.env}__{run.exp_name}__{run.seed}__{checkpoint['step']}"
         rows, print_row = [], "{:<12}{:>9}{:>8}{:>18}{:>11}{:>10}{:>9}".format
         print(f"\n{label}\n" + print_row("setting", "return", "± std", "95% interval", "clipped", "mask IoU", "success"))
