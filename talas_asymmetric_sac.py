@@ -721,7 +721,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         import wandb
 
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, config=asdict(args), name=run.name, dir=run, id=run.name, resume="allow")
-    writer = cleanup.enter_context(SummaryWriter(run, purge_step=progress.step + 1))  # TensorBoard forgets what came after the checkpoint
+    curves = partial(saving, "TensorBoard's curves")
+    writer = SummaryWriter(run, purge_step=progress.step + 1)  # TensorBoard forgets what came after the checkpoint
+    cleanup.callback(curves()(writer.close))
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
     tables = [cleanup.enter_context((run / name).open("a", newline="", buffering=1)) for name in ("returns.csv", "evaluations.csv")]
     for table, size in zip(tables, progress.sizes, strict=True):
@@ -735,13 +737,15 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
         save_agent(run / "checkpoint.pt", agent, progress.step, prompt)
         figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
+        with saving("evaluations.csv"):
+            evaluations.writerows([progress.step, key, f"{value:.4f}"] for key, value in figures.items())
         with torch.random.fork_rng(), torch.no_grad(), agent.autocast():
             shown = replay.sample(8)
             views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask) if view is not None]
-        writer.add_images("views/clean_and_augmented", torch.cat(views, 3), progress.step)
-        for key, value in figures.items():
-            writer.add_scalar(key, value, progress.step)
-            evaluations.writerow([progress.step, key, f"{value:.4f}"])
+        with curves():
+            writer.add_images("views/clean_and_augmented", torch.cat(views, 3), progress.step)
+            for key, value in figures.items():
+                writer.add_scalar(key, value, progress.step)
         return figures
 
     def check(what: str, values: torch.Tensor, **came_from: torch.Tensor) -> None:
@@ -759,7 +763,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             if look or device.type == "cpu":
                 check("a loss", torch.stack([*metrics.values()]), **vars(batch), **metrics)
             if look:
-                with saving("TensorBoard's curves"):
+                with curves():
                     for key, value in metrics.items():
                         writer.add_scalar(key, value.item(), progress.step)
                     writer.add_scalar("charts/SPS", progress.step / (time.time() - began - progress.evaluating), progress.step)
@@ -798,7 +802,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             success = info["final_info"].get("episode_success", [""] * args.num_envs)[i]
             with saving("returns.csv"):
                 returns.writerow([progress.step, progress.episodes[i], f"{totals[i]:.3f}", lengths[i], success, f"{time.time() - began:.1f}", i])
-            with saving("TensorBoard's curves"):
+            with curves():
                 writer.add_scalar("charts/episodic_return", totals[i], progress.step)
                 writer.add_scalar("charts/episodic_length", lengths[i], progress.step)
             progress.returns = [*progress.returns[-9:], float(totals[i])]

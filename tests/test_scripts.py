@@ -302,6 +302,21 @@ def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
     assert not list(folder.rglob("*.state.pt")) and not list(folder.glob("*.pt")) and not list(folder.rglob(".*"))
 
 
+def test_curves_that_cannot_be_written_cost_only_themselves(tmp_path):
+    """TensorBoard opens its file by name for every write; a folder of that name stands for a disk that does not take it."""
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train"]
+    process = start(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path)
+    while not (events := list(tmp_path.glob("runs/*/events*"))) and process.poll() is None:
+        time.sleep(0.05)
+    events[0].unlink()
+    events[0].mkdir()
+    _, err = finish(process)
+    assert err.count("warning: TensorBoard's curves cannot be written") == 1
+    folder = only(tmp_path, "runs/*")
+    assert metrics(folder)["train/updates"] == 8 and (folder / "train.mp4").is_file()
+    assert "eval/train/return_mean" in (folder / "evaluations.csv").read_text()
+
+
 def test_several_environments_in_the_textbooks_order(tmp_path):
     """Whole steps of all of them, an update per agent step, and every environment's episodes in the table."""
     args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--num-envs=2", "--no-overlap"]
