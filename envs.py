@@ -88,7 +88,7 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
 
 
 # Files and processes. What is written is there whole or not at all; what is read is data, never code; who is started ends with who started it.
-FORMAT = 3  # of maskers and checkpoints
+VERSION, FORMAT = "0.6.0", 3  # this project's, and that of its maskers and checkpoints
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -106,7 +106,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, partial(torch.save, {**content, "format": FORMAT}))
+    write_whole(path, partial(torch.save, {**content, "format": FORMAT, "version": VERSION}))
 
 
 def load_plain(path: Path) -> Any:
@@ -125,7 +125,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """What save_tensors wrote."""
     content = load_plain(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"its format is {content.get('format')}, and this version's {FORMAT}")
+        raise ValueError(f"its format is {content.get('format')}, of TaLaS {content.get('version')}; here it is {FORMAT}, of TaLaS {VERSION}")
     return content
 
 
