@@ -207,7 +207,7 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written; it names the file
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

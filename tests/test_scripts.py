@@ -451,6 +451,7 @@ MISTAKES = [  # script, arguments, what the one line says
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
     (PHASE1, ["--env=walker_walk", "--seed=-1"], "seed -1: has to be a number from 0 to"),
+    (PHASE1, ["--env=walker_walk", "--output=/dev/null/maskers"], "Not a directory: '/dev/null/maskers'"),
     (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
     (RL, ["--no-such-flag=1"], "--no-such-flag"),  # tyro answers these itself, in a box, with exit code 2
     (PHASE1, ["--frames=many"], "--frames"),
@@ -474,6 +475,14 @@ def answers(tmp_path_factory):
 @pytest.mark.parametrize("i", range(len(MISTAKES)), ids=[" ".join([script, *args]) for script, args, _ in MISTAKES])
 def test_mistakes(answers, i):
     assert MISTAKES[i][2] in answers[i].result()
+
+
+@pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
+def test_a_folder_that_cannot_be_written(trained, tmp_path, script):
+    """For root, as which CI may run, a file in its place stands for a folder without permission."""
+    (tmp_path / "runs").touch()
+    args = {RL: ["--masker=none", *SMALL], PHASE1: ["--output=maskers"], PHASE2: [f"--maskers={trained('cartpole_swingup').maskers}"]}[script]
+    assert "runs" in (line := mistake(script, "--env=cartpole_swingup", *args, cwd=tmp_path)) and ("written" in line or "directory" in line)
 
 
 NUMBERS = [
