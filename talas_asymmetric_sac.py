@@ -715,8 +715,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
-    begin = Progress(**{key: [0] * args.num_envs for key in ("episodes", "started", "frames")})
-    progress = load_state(run / "resume", agent, replay, action_space) or begin
+    fresh = Progress(**{key: [0] * args.num_envs for key in ("episodes", "started", "frames")})
+    progress = load_state(run / "resume", agent, replay, action_space) or fresh
     if args.track:
         import wandb
 

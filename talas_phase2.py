@@ -38,10 +38,10 @@ class Args:
     seed: int = 1  # seeds the photographs, the batches and the augmentation
     augmentation: Augmentation = "mix"
     """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, on a photograph; mix: both, see envs.augment"""
-    steps: int | None = None  # gradient steps; by default 5,000, on the A1 3,000
+    steps: int | None = None  # gradient steps; by default 5,000, on the A1 3,000, on cartpole and the cup 10,000
     batch_size: int = 32  # frames per gradient step; 64 leave a CPU's cache and take more than twice as long
     learning_rate: float = 1e-2  # Adam's peak learning rate; it warms up and decays to zero (one cycle)
-    shift: int = 4  # random shift of frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)
+    shift: int = 4  # random shift of every other frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)
     overlay: str | None = None  # folder of photographs for τ (Places365 in the paper); or set TALAS_OVERLAY; synthetic images without one
     overlay_images: int = 5000  # how many photographs to sample from the folder
     maskers: str | None = None  # where the teacher and its frames lie and the student goes; by default runs/maskers/<env>
@@ -171,7 +171,9 @@ def main(args: Args) -> None:
     bar = tqdm(range(args.steps), desc="train the student", unit="step", mininterval=1 if sys.stderr.isatty() else 15)
     for step in bar:
         batch = torch.randint(len(frames), (args.batch_size,))
-        obs, target = random_shift(frames_t[batch].to(device), masks_t[batch].to(device), pad=args.shift)
+        still = frames_t[batch].to(device), masks_t[batch].to(device)
+        # Every other one shifted: what looks in at the picture's edge by a column or two would be moved out of it, or doubled, every time.
+        obs, target = (torch.cat([a[::2], b[1::2]]) for a, b in zip(still, random_shift(*still, pad=args.shift), strict=True))
         target = target / 255  # (B, 1, H, W): ψ_T(o)
         augmented = augment(obs, target, photos, args.augmentation)  # τ(o)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
