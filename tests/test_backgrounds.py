@@ -503,7 +503,7 @@ def test_one_photograph_over_the_frames_of_a_stack(batch):
 def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
     n, generator = 3000, torch.Generator().manual_seed(4)
     obs = torch.randint(1, 156, (n, 6, 1, 1), generator=generator, dtype=torch.uint8).repeat(1, 1, 12, 12)  # no black, so that seams show
-    obs[:, :, 9] += 100  # a line
+    obs[:, :, 10] += 100  # a line
     mask = torch.zeros(n, 2, 12, 12)
     mask[:, :, 4:8, 3:7] = 1
     mask[:, :, 3, 3:7] = 0.25  # the agent's edge
@@ -531,7 +531,7 @@ def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
     assert 0.08 < clean.float().mean() < 0.16  # the tenth, and the patches that leave the whole scene
     assert abs(seamed.float().mean() - 0.08) < 0.02  # nothing of the scene, a fifth, and seamed, four fifths, of the half
     assert abs((blended.all((1, 2)) & ~clean).float().mean() - 0.02) < 0.01  # nothing of the scene, not seamed
-    lined = frame[:, 8:11].all((1, 2)) & photo[:, [0, 1, 2, 11]].all((1, 2)) & ~seamed & ~clean
+    lined = frame[:, 9:].all((1, 2)) & photo[:, [0, 1, 2, 8]].all((1, 2)) & ~seamed & ~clean
     assert abs(lined.float().mean() - 0.15) < 0.03  # the line, and the pixels that touch it
     rest = ~overlaid
     edge = (m[0, 0] > 0) & (m[0, 0] < 1)
