@@ -1,5 +1,5 @@
-"""Write the tables of results/README.md, between its two marks, from the committed CSVs: the page's returns beside ours, what its own tables say when
-they are counted, and where each of our figures comes from. Trains and evaluates nothing.
+"""Write the tables of results/README.md, each between its two marks, from the committed CSVs: the maskers' IoU; the page's returns beside ours, what
+its own tables say when they are counted, and where each of our figures comes from. Trains and evaluates nothing.
 
 python benchmarks/tables.py
 """
@@ -16,7 +16,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import interval, read
 
-BEGIN, END = "<!-- benchmarks/tables.py writes from here -->", "<!-- to here -->"
+BEGIN, END = "<!-- benchmarks/tables.py writes the {} from here -->", "<!-- to here -->"
 DMC = ("cartpole_swingup", "walker_walk", "walker_stand", "ball_in_cup_catch", "finger_spin", "cheetah_run")
 UNITREE = ("unitree_walk", "unitree_stand")
 METHODS = {  # the README's ablations, with their names in the tables
@@ -35,11 +35,24 @@ METHODS = {  # the README's ablations, with their names in the tables
 @dataclass
 class Args:
     results: str = "results"
-    """holds published_returns.csv, runs.csv, evaluations.csv and the README.md that the tables go into"""
+    """holds masks.csv, published_returns.csv, runs.csv, evaluations.csv and the README.md that the tables go into"""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def maskers(rows: list[dict[str, str]]) -> str:
+    """IoU (with a pixel of tolerance) of each task's teacher and student on the test frames; what the student keeps of its teacher's clean IoU."""
+    cells = {(row["env"], row["phase"], row["figure"]): float(row["value"]) for row in rows}
+    seconds = {(row["env"], row["phase"]): row["seconds"] for row in rows}
+    table_rows = []
+    for env, phase in seconds:
+        shown = [f"{cells[env, phase, f'iou/{s}']:.3f} ({cells[env, phase, f'iou_1px/{s}']:.3f})" for s in MASK_SETTINGS]
+        kept = f"{cells[env, phase, 'iou/video_hard'] / cells[env, 'phase1', 'iou/clean']:.3f}" if phase == "phase2" else ""
+        name = {"phase1": [f"`{env}`", "teacher"], "phase2": ["", "student"]}[phase]
+        table_rows.append([*name, *shown, kept, seconds[env, phase]])
+    return table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds"], table_rows)
 
 
 def published(page: list[dict[str, str]], tasks: tuple[str, ...]) -> str:
@@ -62,6 +75,7 @@ def firsts(page: list[dict[str, str]]) -> str:
     return f"{len(won)} of {len([key for key in columns if key[0] in DMC])} ({', '.join(f'`{task}` {setting}' for task, setting in won)})"
 
 
+MASK_SETTINGS = ("clean", "overlay", "procedural", "video_easy", "video_hard")
 SHOWN = ("train", "procedural", "video_easy", "video_hard")
 
 
@@ -136,10 +150,9 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
 
 def main(args: Args) -> None:
     results = Path(args.results)
-    page, runs, episodes = (read(results / name) for name in ("published_returns.csv", "runs.csv", "evaluations.csv"))
-    text = f"""{BEGIN}
-
-### Ours
+    names = ("published_returns.csv", "runs.csv", "evaluations.csv", "masks.csv")
+    page, runs, episodes, mask_rows = (read(results / name) for name in names)
+    returns = f"""### Ours
 
 Undiscounted returns of the mean policy: mean (95% bootstrap interval over episodes; their number). **The maskers of these agents learned from the
 simulator's own masks, which the page's did not**; budgets are far below a benchmark run's 500,000 agent steps; `video_easy` has 6 of its 10 videos.
@@ -166,15 +179,17 @@ Where they come from:
 {published(page, UNITREE)}
 
 By these tables TaLaS has the highest return in {firsts(page)};
-the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; the page says 332.
-
-{END}"""
+the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; the page says 332."""
     path = results / "README.md"
-    before = path.read_text()
-    if BEGIN not in before or END not in before:
-        sys.exit(f"error: {path}: has no line {BEGIN!r} with a line {END!r} below it, between which the tables go")
-    path.write_text(before[: before.index(BEGIN)] + text + before[before.index(END) + len(END) :])
-    print(f"written: {path}, {len(runs)} runs, {len(episodes)} episodes")
+    text = path.read_text()
+    for name, tables in (("masks", maskers(mask_rows)), ("returns", returns)):
+        before, begin, rest = text.partition(BEGIN.format(name))
+        _, end, after = rest.partition(END)
+        if not end:
+            sys.exit(f"error: {path}: has no line {BEGIN.format(name)!r} with a line {END!r} below it, between which the tables go")
+        text = f"{before}{begin}\n\n{tables}\n\n{end}{after}"
+    path.write_text(text)
+    print(f"written: {path}, {len(mask_rows)} figures of masks, {len(runs)} runs, {len(episodes)} episodes")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic, against figures worked out by hand, and the tables of the committed CSVs."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -73,12 +74,27 @@ def test_what_the_page_says_when_it_is_counted():
     assert "299.5 / 131.5" in unitree
 
 
+def test_the_maskers_table():
+    values = {("phase1", "clean"): 0.9, ("phase2", "clean"): 0.85, ("phase2", "video_hard"): 0.81}
+    rows = [
+        {"env": "walker_walk", "phase": phase, "figure": f"{kind}/{setting}", "value": str(values.get((phase, setting), 0.5)), "seconds": "60"}
+        for phase in ("phase1", "phase2")
+        for setting in tables.MASK_SETTINGS
+        for kind in ("iou", "iou_1px")
+    ]
+    teacher, student = tables.maskers(rows).splitlines()[2:]
+    assert teacher == "| `walker_walk` | teacher | 0.900 (0.900) |" + " 0.500 (0.500) |" * 4 + "  | 60 |"
+    assert student == "|  | student | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) | 0.900 | 60 |"
+
+
 def test_tables_and_figures_come_from_the_committed_files(tmp_path):
     """Nothing else is needed, and what is committed is what they make."""
     for path in RESULTS.glob("*.csv"):
         shutil.copy(path, tmp_path)
     text = (RESULTS / "README.md").read_text()
-    (tmp_path / "README.md").write_text(text.replace(text[text.index(tables.BEGIN) + len(tables.BEGIN) : text.index(tables.END)], "\n"))
+    parts = re.split("(<!-- .*? -->)", text)  # before, a mark, a table, the mark that ends it, between, ...
+    assert len(parts) == 9
+    (tmp_path / "README.md").write_text("".join([*parts[:2], "\n", *parts[3:6], "\n", *parts[7:]]))
     tables.main(tables.Args(results=str(tmp_path)))
     assert (tmp_path / "README.md").read_text() == text
     figures.main(figures.Args(results=str(tmp_path)))
