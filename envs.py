@@ -518,7 +518,15 @@ def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------ the environment
-RENDERERS: weakref.WeakSet[mujoco.Renderer] = weakref.WeakSet()
+class Renderer(mujoco.Renderer):
+    def close(self) -> None:
+        """MuJoCo's own (3.17) frees what it drew with in the OpenGL context of the moment: another environment's would be left drawing nothing."""
+        if self._gl_context:
+            self._gl_context.make_current()
+        super().close()
+
+
+RENDERERS: weakref.WeakSet[Renderer] = weakref.WeakSet()
 
 
 def close_renderers() -> None:
@@ -575,7 +583,7 @@ class TalasEnv(gym.Env):
             self.task.recolour(self._palettes[0])  # refuses a task without the textures at once
         elif setting != "train":
             self.task.key("easy" if setting == "video_easy" else "hard")  # before there is a renderer, which takes the textures along
-        self._renderer: mujoco.Renderer | None = None
+        self._renderer: Renderer | None = None
         self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
         self._episode, self._step = first_episode - 1, 0
@@ -634,7 +642,7 @@ class TalasEnv(gym.Env):
             offscreen = self.model.vis.global_
             offscreen.offwidth, offscreen.offheight = max(offscreen.offwidth, self.size), max(offscreen.offheight, self.size)
             try:
-                self._renderer = mujoco.Renderer(self.model, self.size, self.size)
+                self._renderer = Renderer(self.model, self.size, self.size)
             except Exception as error:  # what a missing driver raises depends on the backend
                 gl = os.environ.get("MUJOCO_GL")
                 raise UserError(f"MUJOCO_GL={gl} cannot render ({error}): unset it; on Debian or Ubuntu apt-get install libegl1 libgl1") from None

@@ -1,5 +1,6 @@
 """envs.py: the environment, the three loaders' rewards and states, masks and prompts, the command line. Videos and photographs: test_backgrounds."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -351,6 +352,21 @@ def test_get_state_and_show(make, name):
     state = source.get_state()
     assert not np.array_equal(before[0]["pixels"], before[1]["pixels"])
     assert np.array_equal(copy.show(state, 0), source.show(state, 0)) and np.array_equal(copy.segment(prompt), source.segment(prompt))
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_the_end_of_one_environment_leaves_another_alone(how):
+    """MuJoCo's renderer would free its buffers in the other's OpenGL context, whose frames were nearly black from then on."""
+    other, env = envs.make_env("ball_in_cup_catch"), envs.make_env("cartpole_swingup")
+    other.reset()
+    env.reset()
+    frame, mask = env.render(), env.segment("the cart")
+    if how == "closed":
+        other.close()
+    del other
+    gc.collect()
+    assert np.array_equal(env.render(), frame) and np.array_equal(env.segment("the cart"), mask) and mask.any()
+    env.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- masks and prompts
