@@ -69,13 +69,13 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
 
 
-def replace_rows(path: Path, run: str, rows: list[dict]) -> None:
-    """Write a run's rows into a CSV, in place of those that it had."""
+def replace_rows(path: Path, key: str, rows: list[dict]) -> None:
+    """Write rows that have one value of `key` (a run, a task) into a CSV, in place of those that had it."""
     before = read(path)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows([row for row in before if row["run"] != run] + rows)
+        writer.writerows([row for row in before if row[key] != rows[0][key]] + rows)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -126,8 +126,8 @@ def main(args: Args) -> None:
         about = {"run": label, "env": run.env, "method": method(run), "seed": run.seed, "agent_steps": checkpoint["step"]}
         about |= {"action_repeat": run.action_repeat or envs.task_row(run.env).repeat, "segmenter": args.segmenter, "precision": run.precision}
         about |= {"machine": args.machine or f"{processor()}, {os.cpu_count()} cores, no GPU", "commit": args.commit}
-        replace_rows(output / "runs.csv", label, [about | {"seconds": seconds, "command": command(run)}])
-        replace_rows(output / "evaluations.csv", label, rows)
+        replace_rows(output / "runs.csv", "run", [about | {"seconds": seconds, "command": command(run)}])
+        replace_rows(output / "evaluations.csv", "run", rows)
         if args.export:
             export(path, Path(args.export))
     print(f"\nwritten: {output}/runs.csv, {output}/evaluations.csv")

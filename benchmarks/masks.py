@@ -1,9 +1,9 @@
-"""What maskers keep, in one picture and one table, from the test frames and metrics that the phases left. No training.
+"""What maskers keep, in one picture and one table, from the test frames and metrics that the phases left. Tasks that the table has already are
+replaced, others stay. No training.
 
-python benchmarks/masks.py --envs walker_walk cartpole_swingup hammer unitree_walk --output results/masks
+python benchmarks/masks.py --envs walker_walk cartpole_swingup hammer unitree_walk --commit abc1234 --output results/masks
 """
 
-import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.evaluate import replace_rows
+from benchmarks.speed import processor
 from envs import cpu_has_bf16, load_tensors
 from talas_phase2 import Masker, predict
 
@@ -23,6 +25,8 @@ from talas_phase2 import Masker, predict
 class Args:
     envs: tuple[str, ...]
     """tasks whose maskers lie in runs/maskers/<env>"""
+    commit: str = ""  # with which code they were trained
+    machine: str | None = None  # and where; by default this machine
     output: str = "results/masks"
     """writes <output>.png and <output>.csv"""
     settings: tuple[str, ...] = ("clean", "procedural")
@@ -30,7 +34,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rows, table = [], []
+    rows, machine = [], args.machine or processor()
     for env_id in args.envs:
         folder = Path(f"runs/maskers/{env_id}")
         masker = Masker()
@@ -43,16 +47,17 @@ def main(args: Args) -> None:
                 kept = (frames * (predict(masker, frames, torch.device("cpu"), cpu_has_bf16()) > 0.5)[:, None]).astype(np.uint8)
                 cells += [image for pair in zip(frames, kept, strict=True) for image in pair]
         rows.append(np.concatenate(cells, axis=2))
+        figures = []
         for phase in ("phase1", "phase2"):
             runs = sorted(Path("runs").glob(f"{env_id}__{phase}__*/metrics.json"), key=lambda path: path.stat().st_mtime)
-            arguments, figures = (json.loads((runs[-1].parent / name).read_text()) for name in ("args.json", "metrics.json"))
-            for key in (key for key in figures if key.startswith("iou")):
-                table.append([env_id, phase, arguments["seed"], key, f"{figures[key]:.4f}", arguments["steps"], f"{figures['seconds']:.0f}"])
+            arguments, metrics = (json.loads((runs[-1].parent / name).read_text()) for name in ("args.json", "metrics.json"))
+            common = {"steps": arguments["steps"], "seconds": f"{metrics['seconds']:.0f}", "commit": args.commit, "machine": machine}
+            for key in (key for key in metrics if key.startswith("iou")):
+                row = {"env": env_id, "phase": phase, "seed": arguments["seed"], "figure": key, "value": f"{metrics[key]:.4f}"}
+                figures.append(row | common)
+        replace_rows(Path(f"{args.output}.csv"), "env", figures)
     sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
     cv2.imwrite(f"{args.output}.png", cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
-    with Path(f"{args.output}.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([["env", "phase", "seed", "figure", "value", "steps", "seconds"], *table])
     print(f"written: {args.output}.png, {args.output}.csv")
 
 

@@ -45,14 +45,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def maskers(rows: list[dict[str, str]]) -> str:
     """IoU (with a pixel of tolerance) of each task's teacher and student on the test frames; what the student keeps of its teacher's clean IoU."""
     cells = {(row["env"], row["phase"], row["figure"]): float(row["value"]) for row in rows}
-    seconds = {(row["env"], row["phase"]): row["seconds"] for row in rows}
+    about = {(row["env"], row["phase"]): [row["seconds"], row["commit"]] for row in rows}
     table_rows = []
-    for env, phase in seconds:
+    for env, phase in about:
         shown = [f"{cells[env, phase, f'iou/{s}']:.3f} ({cells[env, phase, f'iou_1px/{s}']:.3f})" for s in MASK_SETTINGS]
         kept = f"{cells[env, phase, 'iou/video_hard'] / cells[env, 'phase1', 'iou/clean']:.3f}" if phase == "phase2" else ""
         name = {"phase1": [f"`{env}`", "teacher"], "phase2": ["", "student"]}[phase]
-        table_rows.append([*name, *shown, kept, seconds[env, phase]])
-    return table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds"], table_rows)
+        table_rows.append([*name, *shown, kept, *about[env, phase]])
+    return table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds", "commit"], table_rows)
 
 
 def published(page: list[dict[str, str]], tasks: tuple[str, ...]) -> str:

@@ -42,9 +42,9 @@ def test_interval():
 
 def test_rows_of_a_run_are_replaced(tmp_path):
     path = tmp_path / "table.csv"
-    evaluate.replace_rows(path, "a", [{"run": "a", "value": "1"}, {"run": "a", "value": "2"}])
-    evaluate.replace_rows(path, "b", [{"run": "b", "value": "3"}])
-    evaluate.replace_rows(path, "a", [{"run": "a", "value": "4"}])
+    evaluate.replace_rows(path, "run", [{"run": "a", "value": "1"}, {"run": "a", "value": "2"}])
+    evaluate.replace_rows(path, "run", [{"run": "b", "value": "3"}])
+    evaluate.replace_rows(path, "run", [{"run": "a", "value": "4"}])
     assert [(row["run"], row["value"]) for row in tables.read(path)] == [("b", "3"), ("a", "4")]
 
 
@@ -76,15 +76,16 @@ def test_what_the_page_says_when_it_is_counted():
 
 def test_the_maskers_table():
     values = {("phase1", "clean"): 0.9, ("phase2", "clean"): 0.85, ("phase2", "video_hard"): 0.81}
+    about = {"seconds": "60", "commit": "abc1234"}
     rows = [
-        {"env": "walker_walk", "phase": phase, "figure": f"{kind}/{setting}", "value": str(values.get((phase, setting), 0.5)), "seconds": "60"}
+        {"env": "walker_walk", "phase": phase, "figure": f"{kind}/{setting}", "value": str(values.get((phase, setting), 0.5))} | about
         for phase in ("phase1", "phase2")
         for setting in tables.MASK_SETTINGS
         for kind in ("iou", "iou_1px")
     ]
     teacher, student = tables.maskers(rows).splitlines()[2:]
-    assert teacher == "| `walker_walk` | teacher | 0.900 (0.900) |" + " 0.500 (0.500) |" * 4 + "  | 60 |"
-    assert student == "|  | student | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) | 0.900 | 60 |"
+    assert teacher == "| `walker_walk` | teacher | 0.900 (0.900) |" + " 0.500 (0.500) |" * 4 + "  | 60 | abc1234 |"
+    assert student == "|  | student | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) | 0.900 | 60 | abc1234 |"
 
 
 def test_tables_and_figures_come_from_the_committed_files(tmp_path):
