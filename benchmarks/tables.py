@@ -15,6 +15,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import interval, read
+from envs import TASKS
 
 BEGIN, END = "<!-- benchmarks/tables.py writes the {} from here -->", "<!-- to here -->"
 DMC = ("cartpole_swingup", "walker_walk", "walker_stand", "ball_in_cup_catch", "finger_spin", "cheetah_run")
@@ -47,7 +48,7 @@ def maskers(rows: list[dict[str, str]]) -> str:
     cells = {(row["env"], row["phase"], row["figure"]): float(row["value"]) for row in rows}
     about = {(row["env"], row["phase"]): [row["seconds"], row["commit"]] for row in rows}
     table_rows = []
-    for env, phase in about:
+    for env, phase in sorted(about, key=lambda row: (list(TASKS).index(row[0]), row[1])):
         shown = [f"{cells[env, phase, f'iou/{s}']:.3f} ({cells[env, phase, f'iou_1px/{s}']:.3f})" for s in MASK_SETTINGS]
         kept = f"{cells[env, phase, 'iou/video_hard'] / cells[env, 'phase1', 'iou/clean']:.3f}" if phase == "phase2" else ""
         name = {"phase1": [f"`{env}`", "teacher"], "phase2": ["", "student"]}[phase]
