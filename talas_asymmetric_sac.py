@@ -115,6 +115,11 @@ class Args:
     wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
 
 
+def settings_of(asked: tuple[Setting, ...] | None, distractors: str | None) -> tuple[Setting, ...]:
+    media = distractors or os.environ.get("TALAS_DISTRACTORS")
+    return asked or (("train", "video_easy", "video_hard") if media else ("train", "procedural"))
+
+
 def env_options(args: Args) -> dict:
     return {"distractors": args.distractors, "reward": args.reward, "action_repeat": args.action_repeat}
 
@@ -861,8 +866,7 @@ def main(args: Args) -> None:
         raise UserError(f"--replay-size {args.replay_size}: has to be at least 100 per environment")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases: pip install wandb")
-    distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
-    settings = args.eval_settings or (("train", "video_easy", "video_hard") if distractors else ("train", "procedural"))
+    settings = settings_of(args.eval_settings, args.distractors)
     for setting in dict.fromkeys((*settings, "train")):  # better an error now than after the training
         env = make_env(args.env, setting, args.seed, **env_options(args))
         env.reset()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 from scipy import stats
 from tqdm import tqdm
@@ -65,6 +66,11 @@ def command(args: talas.Args) -> str:
     return " ".join(["python talas_asymmetric_sac.py", *given])
 
 
+def machine() -> str:
+    """This one, as the tables name it."""
+    return f"{processor()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
+
+
 def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
 
@@ -97,9 +103,7 @@ def export(path: Path, folder: Path) -> None:
 
 
 def main(args: Args) -> None:
-    settings = args.settings or (
-        ("train", "video_easy", "video_hard") if args.distractors or os.environ.get("TALAS_DISTRACTORS") else ("train", "procedural")
-    )
+    settings = talas.settings_of(args.settings, args.distractors)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     for name in args.checkpoints:
@@ -125,7 +129,7 @@ def main(args: Args) -> None:
         seconds = json.loads(metrics.read_text()).get("train/seconds", "") if metrics.is_file() else ""
         about = {"run": label, "env": run.env, "method": method(run), "seed": run.seed, "agent_steps": checkpoint["step"]}
         about |= {"action_repeat": run.action_repeat or envs.task_row(run.env).repeat, "segmenter": args.segmenter, "precision": run.precision}
-        about |= {"machine": args.machine or f"{processor()}, {os.cpu_count()} cores, no GPU", "commit": args.commit}
+        about |= {"machine": args.machine or machine(), "commit": args.commit}
         replace_rows(output / "runs.csv", "run", [about | {"seconds": seconds, "command": command(run)}])
         replace_rows(output / "evaluations.csv", "run", rows)
         if args.export:

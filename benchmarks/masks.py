@@ -15,8 +15,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.evaluate import replace_rows
-from benchmarks.speed import processor
+from benchmarks.evaluate import machine, replace_rows
 from envs import cpu_has_bf16, load_tensors
 from talas_phase2 import Masker, predict
 
@@ -34,7 +33,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rows, machine = [], args.machine or processor()
+    rows = []
     for env_id in args.envs:
         folder = Path(f"runs/maskers/{env_id}")
         masker = Masker()
@@ -51,7 +50,8 @@ def main(args: Args) -> None:
         for phase in ("phase1", "phase2"):
             runs = sorted(Path("runs").glob(f"{env_id}__{phase}__*/metrics.json"), key=lambda path: path.stat().st_mtime)
             arguments, metrics = (json.loads((runs[-1].parent / name).read_text()) for name in ("args.json", "metrics.json"))
-            common = {"steps": arguments["steps"], "seconds": f"{metrics['seconds']:.0f}", "commit": args.commit, "machine": machine}
+            common = {"steps": arguments["steps"], "seconds": f"{metrics['seconds']:.0f}"}
+            common |= {"commit": args.commit, "machine": args.machine or machine()}
             for key in (key for key in metrics if key.startswith("iou")):
                 row = {"env": env_id, "phase": phase, "seed": arguments["seed"], "figure": key, "value": f"{metrics[key]:.4f}"}
                 figures.append(row | common)

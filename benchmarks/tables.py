@@ -15,11 +15,13 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import interval, read
-from envs import TASKS
+from envs import TASKS, task_row
 
 BEGIN, END = "<!-- benchmarks/tables.py writes the {} from here -->", "<!-- to here -->"
 DMC = ("cartpole_swingup", "walker_walk", "walker_stand", "ball_in_cup_catch", "finger_spin", "cheetah_run")
 UNITREE = ("unitree_walk", "unitree_stand")
+SHOWN = ("train", "procedural", "video_easy", "video_hard")
+MASK_SETTINGS = ("clean", "overlay", "procedural", "video_easy", "video_hard")
 METHODS = {  # the README's ablations, with their names in the tables
     "talas": "TaLaS",
     "talas_mix": "TaLaS, mix",
@@ -49,8 +51,10 @@ def maskers(rows: list[dict[str, str]]) -> str:
     about = {(row["env"], row["phase"]): [row["seconds"], row["commit"]] for row in rows}
     table_rows = []
     for env, phase in sorted(about, key=lambda row: (list(TASKS).index(row[0]), row[1])):
-        shown = [f"{cells[env, phase, f'iou/{s}']:.3f} ({cells[env, phase, f'iou_1px/{s}']:.3f})" for s in MASK_SETTINGS]
-        kept = f"{cells[env, phase, 'iou/video_hard'] / cells[env, 'phase1', 'iou/clean']:.3f}" if phase == "phase2" else ""
+        pairs = [[cells.get((env, phase, f"{kind}/{setting}")) for kind in ("iou", "iou_1px")] for setting in MASK_SETTINGS]
+        shown = [f"{iou:.3f} ({iou_1px:.3f})" if iou is not None else "" for iou, iou_1px in pairs]  # without media there are no videos
+        hard = cells.get((env, phase, "iou/video_hard"))
+        kept = f"{hard / cells[env, 'phase1', 'iou/clean']:.3f}" if phase == "phase2" and hard is not None else ""
         name = {"phase1": [f"`{env}`", "teacher"], "phase2": ["", "student"]}[phase]
         table_rows.append([*name, *shown, kept, *about[env, phase]])
     return table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds", "commit"], table_rows)
@@ -74,10 +78,6 @@ def firsts(page: list[dict[str, str]]) -> str:
         columns[row["task"], row["setting"]][row["method"]] = float(row["mean_return"])
     won = [key for key, returns in columns.items() if key[0] in DMC and max(returns, key=lambda method: returns[method]) == "TaLaS"]
     return f"{len(won)} of {len([key for key in columns if key[0] in DMC])} ({', '.join(f'`{task}` {setting}' for task, setting in won)})"
-
-
-MASK_SETTINGS = ("clean", "overlay", "procedural", "video_easy", "video_hard")
-SHOWN = ("train", "procedural", "video_easy", "video_hard")
 
 
 def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[dict[str, str]]) -> str:
@@ -134,7 +134,7 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
     scores = defaultdict(lambda: defaultdict(list))
     for run in runs:
         returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
-        if returns and not run["env"].startswith(("unitree", "pen", "door", "hammer", "relocate")):
+        if returns and task_row(run["env"]).loader == "suite":
             scores[run["method"], int(run["agent_steps"])][run["env"]].append(np.mean(returns))
     enough = {key: tasks for key, tasks in scores.items() if len(tasks) > 1 and min(map(len, tasks.values())) > 2}
     if not enough:

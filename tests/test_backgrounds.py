@@ -456,6 +456,18 @@ def test_random_crops():
     assert (shares - 0.1).abs().max() < 0.03  # any photograph, as often as any other
 
 
+def test_mix_keeps_no_lines_beside_the_agent():
+    """A bright agent before a flat scene: its own edges are the only ones, and not a pixel of the scene stays for them."""
+    n, inside = 3000, torch.zeros(12, 12, dtype=torch.bool)
+    inside[4:8, 3:7] = True
+    obs = torch.where(inside, 200, 100).to(torch.uint8).expand(n, 3, 12, 12)
+    torch.manual_seed(3)
+    got = envs.augment(obs, inside.float().expand(n, 1, 12, 12), torch.full((1, 3, 16, 16), 7, dtype=torch.uint8), "mix")
+    around = got[:, 0, ~inside]
+    bare = ((around - 7).abs() < 0.1).all(1) | ((around - 200).abs() < 0.1).all(1)  # the photograph, or the same in the agent's colour
+    assert abs(bare.float().mean() - 0.25) < 0.03  # the half of the swaps that keeps no patches or bands
+
+
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(4)

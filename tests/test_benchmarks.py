@@ -86,6 +86,8 @@ def test_the_maskers_table():
     teacher, student = tables.maskers(rows).splitlines()[2:]
     assert teacher == "| `walker_walk` | teacher | 0.900 (0.900) |" + " 0.500 (0.500) |" * 4 + "  | 60 | abc1234 |"
     assert student == "|  | student | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) | 0.900 | 60 | abc1234 |"
+    without_media = tables.maskers([row for row in rows if "video" not in row["figure"]]).splitlines()[-1]
+    assert without_media == "|  | student | 0.850 (0.850) | 0.500 (0.500) | 0.500 (0.500) |  |  |  | 60 | abc1234 |"
 
 
 def test_tables_and_figures_come_from_the_committed_files(tmp_path):
