@@ -1,5 +1,5 @@
-"""Write the tables of results/README.md, each between its two marks, from the committed CSVs: the maskers' IoU; the page's returns beside ours, what
-its own tables say when they are counted, and where each of our figures comes from. Trains and evaluates nothing.
+"""Write the tables of results/README.md, and the masks' on the front page, each between its two marks, from the committed CSVs: the maskers' IoU; the
+page's returns beside ours, what its own tables say when they are counted, and where each of our figures comes from. Trains and evaluates nothing.
 
 python benchmarks/tables.py
 """
@@ -38,26 +38,36 @@ METHODS = {  # the README's ablations, with their names in the tables
 @dataclass
 class Args:
     results: str = "results"
-    """holds masks.csv, published_returns.csv, runs.csv, evaluations.csv and the README.md that the tables go into"""
+    """holds masks.csv, published_returns.csv, runs.csv, evaluations.csv and a README.md that the tables go into, as does the one above it"""
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def maskers(rows: list[dict[str, str]]) -> str:
-    """IoU (with a pixel of tolerance) of each task's teacher and student on the test frames; what the student keeps of its teacher's clean IoU."""
+def maskers(rows: list[dict[str, str]], brief: bool = False) -> str:
+    """IoU (with a pixel of tolerance) of each task's teacher and student on the test frames; what the student keeps of its teacher's clean IoU.
+
+    Brief, for the front page: a row per task, of the teacher the clean IoU only.
+    """
     cells = {(row["env"], row["phase"], row["figure"]): float(row["value"]) for row in rows}
     about = {(row["env"], row["phase"]): [row["seconds"], row["commit"]] for row in rows}
-    table_rows = []
-    for env, phase in sorted(about, key=lambda row: (list(TASKS).index(row[0]), row[1])):
+
+    def shown(env: str, phase: str) -> list[str]:
         pairs = [[cells.get((env, phase, f"{kind}/{setting}")) for kind in ("iou", "iou_1px")] for setting in MASK_SETTINGS]
-        shown = [f"{iou:.3f} ({iou_1px:.3f})" if iou is not None else "" for iou, iou_1px in pairs]  # without media there are no videos
-        hard = cells.get((env, phase, "iou/video_hard"))
-        kept = f"{hard / cells[env, 'phase1', 'iou/clean']:.3f}" if phase == "phase2" and hard is not None else ""
-        name = {"phase1": [f"`{env}`", "teacher"], "phase2": ["", "student"]}[phase]
-        table_rows.append([*name, *shown, kept, *about[env, phase]])
-    return table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds", "commit"], table_rows)
+        return [f"{iou:.3f} ({iou_1px:.3f})" if iou is not None else "" for iou, iou_1px in pairs]  # without media there are no videos
+
+    teachers, students, full = "phase1", "phase2", []
+    tasks = sorted({env for env, _ in about}, key=list(TASKS).index)
+    if brief:
+        head = ["IoU (with one pixel of tolerance)", "teacher, clean", "student, clean", *MASK_SETTINGS[1:]]
+        return table(head, [[f"`{env}`", shown(env, teachers)[0], *shown(env, students)] for env in tasks])
+    for env in tasks:
+        hard = cells.get((env, students, "iou/video_hard"))
+        kept = f"{hard / cells[env, teachers, 'iou/clean']:.3f}" if hard is not None else ""
+        full.append([f"`{env}`", "teacher", *shown(env, teachers), "", *about[env, teachers]])
+        full.append(["", "student", *shown(env, students), kept, *about[env, students]])
+    return table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds", "commit"], full)
 
 
 def published(page: list[dict[str, str]], tasks: tuple[str, ...]) -> str:
@@ -181,16 +191,14 @@ Where they come from:
 
 By these tables TaLaS has the highest return in {firsts(page)};
 the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; the page says 332."""
-    path = results / "README.md"
-    text = path.read_text()
-    for name, tables in (("masks", maskers(mask_rows)), ("returns", returns)):
-        before, begin, rest = text.partition(BEGIN.format(name))
+    front, own = results.parent / "README.md", results / "README.md"
+    for path, name, tables in ((front, "masks", maskers(mask_rows, brief=True)), (own, "masks", maskers(mask_rows)), (own, "returns", returns)):
+        before, begin, rest = path.read_text().partition(BEGIN.format(name))
         _, end, after = rest.partition(END)
         if not end:
             sys.exit(f"error: {path}: has no line {BEGIN.format(name)!r} with a line {END!r} below it, between which the tables go")
-        text = f"{before}{begin}\n\n{tables}\n\n{end}{after}"
-    path.write_text(text)
-    print(f"written: {path}, {len(mask_rows)} figures of masks, {len(runs)} runs, {len(episodes)} episodes")
+        path.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{after}")
+    print(f"written: {front}, {own}, {len(mask_rows)} figures of masks, {len(runs)} runs, {len(episodes)} episodes")
 
 
 if __name__ == "__main__":

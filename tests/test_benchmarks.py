@@ -86,22 +86,27 @@ def test_the_maskers_table():
     teacher, student = tables.maskers(rows).splitlines()[2:]
     assert teacher == "| `walker_walk` | teacher | 0.900 (0.900) |" + " 0.500 (0.500) |" * 4 + "  | 60 | abc1234 |"
     assert student == "|  | student | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) | 0.900 | 60 | abc1234 |"
+    brief = tables.maskers(rows, brief=True).splitlines()[2]
+    assert brief == "| `walker_walk` | 0.900 (0.900) | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) |"
     without_media = tables.maskers([row for row in rows if "video" not in row["figure"]]).splitlines()[-1]
     assert without_media == "|  | student | 0.850 (0.850) | 0.500 (0.500) | 0.500 (0.500) |  |  |  | 60 | abc1234 |"
 
 
 def test_tables_and_figures_come_from_the_committed_files(tmp_path):
     """Nothing else is needed, and what is committed is what they make."""
+    results = tmp_path / "results"
+    results.mkdir()
     for path in RESULTS.glob("*.csv"):
-        shutil.copy(path, tmp_path)
-    text = (RESULTS / "README.md").read_text()
-    parts = re.split("(<!-- .*? -->)", text)  # before, a mark, a table, the mark that ends it, between, ...
-    assert len(parts) == 9
-    (tmp_path / "README.md").write_text("".join([*parts[:2], "\n", *parts[3:6], "\n", *parts[7:]]))
-    tables.main(tables.Args(results=str(tmp_path)))
-    assert (tmp_path / "README.md").read_text() == text
-    figures.main(figures.Args(results=str(tmp_path)))
-    assert {path.name for path in tmp_path.glob("*.png")} >= {"cartpole.png", "returns.png"}
+        shutil.copy(path, results)
+    committed = {}
+    for name, count in (("README.md", 1), ("results/README.md", 2)):
+        committed[name] = (RESULTS.parent / name).read_text()
+        (tmp_path / name).write_text(re.sub("(from here -->).*?(<!-- to here)", r"\1\n\2", committed[name], flags=re.DOTALL))
+        assert committed[name].count("from here -->") == count and "`walker_walk` | teacher" not in (tmp_path / name).read_text()
+    tables.main(tables.Args(results=str(results)))
+    assert {name: (tmp_path / name).read_text() for name in committed} == committed
+    figures.main(figures.Args(results=str(results)))
+    assert {path.name for path in results.glob("*.png")} >= {"cartpole.png", "returns.png"}
 
 
 def test_curves(tmp_path):
