@@ -116,7 +116,7 @@ def main(args: Args) -> None:
         label = f"{run.env}__{run.exp_name}__{run.seed}__{checkpoint['step']}"
         rows, print_row = [], "{:<12}{:>9}{:>8}{:>18}{:>11}{:>10}{:>9}".format
         print(f"\n{label}\n" + print_row("setting", "return", "± std", "95% interval", "clipped", "mask IoU", "success"))
-        for (setting, episode), (total, success, ious, _, _) in zip(jobs, played, strict=True):
+        for (setting, episode), (total, success, ious, *_) in zip(jobs, played, strict=True):
             iou, iou_1px = np.mean(ious, 0) if ious else (np.nan, np.nan)
             figures = {"return": total, "iou": iou, "iou_1px": iou_1px, "success": success}
             rows.append({"run": label, "setting": setting, "episode": episode} | {key: f"{value:.4f}" for key, value in figures.items()})
@@ -128,9 +128,11 @@ def main(args: Args) -> None:
         metrics = path.parent / "metrics.json"
         seconds = json.loads(metrics.read_text()).get("train/seconds", "") if metrics.is_file() else ""
         about = {"run": label, "env": run.env, "method": method(run), "seed": run.seed, "agent_steps": checkpoint["step"]}
-        about |= {"action_repeat": run.action_repeat or envs.task_row(run.env).repeat, "segmenter": args.segmenter, "precision": run.precision}
-        about |= {"machine": args.machine or machine(), "commit": args.commit}
-        replace_rows(output / "runs.csv", "run", [about | {"seconds": seconds, "command": command(run)}])
+        segmenter = "none" if run.masker == "none" else args.segmenter
+        about |= {"action_repeat": run.action_repeat or envs.task_row(run.env).repeat, "segmenter": segmenter, "precision": run.precision}
+        about |= {"machine": args.machine or machine(), "commit": args.commit, "seconds": seconds, "command": command(run)}
+        skipped = {setting: episode[-1] for (setting, _), episode in zip(jobs, played, strict=True)}  # another set of videos than others were shown
+        replace_rows(output / "runs.csv", "run", [about | {"videos_skipped": sum(skipped.values())}])
         replace_rows(output / "evaluations.csv", "run", rows)
         if args.export:
             export(path, Path(args.export))

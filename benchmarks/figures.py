@@ -34,10 +34,14 @@ def bars(results: Path) -> None:
             for row in page
             if row["task"] == task and row["setting"] == "video_hard"
         ]
-        for run in runs:
+        ours = defaultdict(list)  # of a method at a budget, each seed's mean
+        for run in (run for run in runs if run["env"] == task):
             returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
-            if run["env"] == task and returns:
-                shown.append((f"ours: {METHODS[run['method']]}, {int(run['agent_steps']) / 1000:g}k", float(np.mean(returns)), "tab:orange"))
+            if returns:
+                ours[METHODS[run["method"]], int(run["agent_steps"])].append(np.mean(returns))
+        for (method, steps), means in ours.items():
+            seeds = f", {len(means)} seeds" * (len(means) > 1)
+            shown.append((f"ours: {method}, {steps / 1000:g}k{seeds}", float(np.mean(means)), "tab:orange"))
         names, values, colours = zip(*shown, strict=True)
         axes.barh(names, values, color=colours)
         axes.invert_yaxis()

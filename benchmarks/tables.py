@@ -131,6 +131,7 @@ def sources(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
     for run in runs:
         counts = {setting: sum((row["run"], row["setting"]) == (run["run"], setting) for row in episodes) for setting in SHOWN}
         played = ", ".join(f"{setting} {count}" for setting, count in counts.items() if count)
+        played += f"; {skipped} videos that could not be decoded left out" if (skipped := int(run.get("videos_skipped") or 0)) else ""
         hours = f"{float(run['seconds']) / 3600:.1f} h" if run["seconds"] else ""
         rows.append([f"`{run['command']}`", f"`{run['commit']}`", run["machine"], run["precision"], hours, run["segmenter"], played])
     return table(["command", "commit", "machine", "precision", "wall time", "masks", "episodes"], rows)
@@ -141,19 +142,19 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
 
     rliable would be the library for it; its dependency arch 7.2.0 cannot be imported beside the pandas that it is installed with.
     """
-    scores = defaultdict(lambda: defaultdict(list))
+    scores = defaultdict(lambda: defaultdict(dict))  # by method and budget, by task, by seed
     for run in runs:
         returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
         if returns and task_row(run["env"]).loader == "suite":
-            scores[run["method"], int(run["agent_steps"])][run["env"]].append(np.mean(returns))
+            scores[run["method"], int(run["agent_steps"])][run["env"]][run["seed"]] = np.mean(returns)
     enough = {key: tasks for key, tasks in scores.items() if len(tasks) > 1 and min(map(len, tasks.values())) > 2}
     if not enough:
         return "No aggregates yet: they take three seeds on two tasks."
     rows, rng = [], np.random.default_rng(0)
     for (method, steps), tasks in enough.items():
-        resampled = [np.concatenate([rng.choice(means, len(means)) for means in tasks.values()]) for _ in range(5000)]  # seeds, within tasks
+        resampled = [np.concatenate([rng.choice([*means.values()], len(means)) for means in tasks.values()]) for _ in range(5000)]  # within tasks
         low, high = np.percentile([stats.trim_mean(sample, 0.25) for sample in resampled], (2.5, 97.5))
-        centre = stats.trim_mean(np.concatenate(list(tasks.values())), 0.25)
+        centre = stats.trim_mean([mean for means in tasks.values() for mean in means.values()], 0.25)
         seeds = ", ".join(f"{task} {len(means)}" for task, means in tasks.items())
         rows.append([METHODS[method], f"{steps:,}", seeds, f"{centre:.0f}", f"{low:.0f} to {high:.0f}"])
     return table(["method", "agent steps", "seeds by task", "video_hard, interquartile mean", "95% interval"], rows)

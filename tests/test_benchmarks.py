@@ -1,10 +1,12 @@
 """The benchmarks' arithmetic, against figures worked out by hand, and the tables of the committed CSVs."""
 
 import csv
+import itertools
 import re
 import shutil
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import tyro
@@ -61,8 +63,16 @@ def test_interquartile_mean():
     for i, (task, seed) in enumerate((task, seed) for task in ("walker_walk", "cheetah_run") for seed in "123"):
         runs.append({"run": f"{task}{seed}", "env": task, "method": "talas", "seed": seed, "agent_steps": "1000"})
         episodes += [{"run": f"{task}{seed}", "setting": "video_hard", "return": str(100 * i + j)} for j in (-1, 1)]
-    assert "| TaLaS | 1,000 | walker_walk 3, cheetah_run 3 | 250 |" in tables.aggregates(runs, episodes)
+    aggregated = tables.aggregates(runs, episodes)
+    assert "| TaLaS | 1,000 | walker_walk 3, cheetah_run 3 | 250 |" in aggregated
+    # All 729 ways to redraw three seeds within each of two tasks, where the table draws 5,000 of them.
+    draws = [list(itertools.product(means, repeat=3)) for means in ((0, 100, 200), (300, 400, 500))]
+    every = sorted(np.mean(sorted((*a, *b))[1:5]) for a in draws[0] for b in draws[1])
+    low, high = map(float, aggregated.splitlines()[-1].split("|")[-2].split(" to "))
+    assert low == pytest.approx(np.quantile(every, 0.025), abs=13) and high == pytest.approx(np.quantile(every, 0.975), abs=13)
     assert "No aggregates" in tables.aggregates(runs[:5], episodes)
+    again = [run | {"run": f"{run['run']} again", "seed": "1"} for run in runs]  # one seed under other names is one seed
+    assert "No aggregates" in tables.aggregates(again, [row | {"run": f"{row['run']} again"} for row in episodes])
 
 
 def test_what_the_page_says_when_it_is_counted():
@@ -106,7 +116,41 @@ def test_tables_and_figures_come_from_the_committed_files(tmp_path):
     tables.main(tables.Args(results=str(results)))
     assert {name: (tmp_path / name).read_text() for name in committed} == committed
     figures.main(figures.Args(results=str(results)))
-    assert {path.name for path in results.glob("*.png")} >= {"cartpole.png", "returns.png"}
+    drawn = {path.name for path in results.glob("*.png")}
+    assert drawn == {"cartpole.png", "cartpole_long.png", "embeddings.png", "returns.png"}
+    for name in drawn:
+        old, new = (imageio.imread(folder / name).astype(float) for folder in (RESULTS, results))
+        assert old.shape == new.shape and np.abs(old - new).mean() < 1, name  # a machine's fonts may differ a little
+
+
+def test_evaluation_fills_the_tables(tmp_path):
+    """Of a masked agent: a row for the run, one per episode, and the agent alone, in half precision, which does the same."""
+    args = rl.Args(env="cartpole_swingup", action_repeat=50, hidden_dim=16, encoder="small", precision="fp32", seed=3, augmentation="mix")
+    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 0, 1, rl.Masker(), None), 40, "the pole")
+    (tmp_path / "metrics.json").write_text('{"train/seconds": 12.5}')
+    given = {"checkpoints": (str(tmp_path / "checkpoint.pt"),), "episodes": 2, "settings": ("train",), "commit": "abc1234"}
+    evaluate.main(evaluate.Args(**given, output=str(tmp_path / "out"), export=str(tmp_path / "agents")))
+    (run,) = tables.read(tmp_path / "out/runs.csv")
+    expected = {"env": "cartpole_swingup", "method": "talas_mix", "seed": "3", "agent_steps": "40", "action_repeat": "50", "segmenter": "sim"}
+    expected |= {"commit": "abc1234", "seconds": "12.5", "videos_skipped": "0"}
+    assert {key: run[key] for key in expected} == expected
+    rows = tables.read(tmp_path / "out/evaluations.csv")
+    assert [(row["run"], row["setting"], row["episode"]) for row in rows] == [(run["run"], "train", "0"), (run["run"], "train", "1")]
+    assert all(0 < float(row["iou_1px"]) < 1 for row in rows) and rows[0]["return"] != rows[1]["return"]
+    exported = tmp_path / "agents/cartpole_swingup__talas__3.pt"
+    played = list(rl.play_all(exported, args, [("train", 0), ("train", 1)]))
+    assert [episode[0] for episode in played] == pytest.approx([float(row["return"]) for row in rows], rel=0.05)
+    assert exported.stat().st_size < 0.6 * (tmp_path / "checkpoint.pt").stat().st_size
+
+
+def test_committed_agents_can_be_played():
+    """README's third line: what lies in results/agents has the format of today's code."""
+    paths = list((RESULTS / "agents").glob("*.pt"))
+    assert paths
+    for path in paths:
+        agent, checkpoint = rl.load_agent(path)
+        assert path.name.startswith(checkpoint["args"].env) and agent.masker is not None
+        assert path.name in (RESULTS.parent / "README.md").read_text()
 
 
 def test_curves(tmp_path):
