@@ -181,26 +181,30 @@ def test_evaluate_a_checkpoint(trained, tmp_path):
 
 
 def test_one_seed_is_one_run(trained, tmp_path):
-    """The same twice, at once, with every masker flag, whether or not it is evaluated on the way; and with another seed something else."""
+    """The same twice, at once, with every masker flag, whether or not it is evaluated on the way; with another seed, or masker, something else."""
     t = trained("cartpole_swingup")
     shutil.copytree(t.maskers, tmp_path / "maskers")
     args = [*SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--masker-path=maskers", "--eval-settings", "train", "--augmentation=mix"]
     args += ["--clean-masker=teacher", "--actor-judge=own", "--updates-per-step=0.5"]
     processes = [start(RL, *args, f"--exp-name={name}", *often, cwd=tmp_path) for name, often in (("a", ["--eval-every=30"]), ("b", []))]
     assert "step 30: train" in finish(processes[0])[0] and "step 30: train" not in finish(processes[1])[0]
-    run(RL, *args, "--exp-name=c", "--seed=2", "--eval-every=30", cwd=tmp_path)
+    processes = [start(RL, *args, f"--exp-name={name}", other, cwd=tmp_path) for name, other in (("c", "--seed=2"), ("d", "--clean-masker=student"))]
+    for process in processes:
+        finish(process)
     rows = {}
-    for name in "abc":
+    for name in "abcd":
         folder = only(tmp_path, f"runs/*__{name}__*")
         assert metrics(folder)["train/updates"] == 4
         with (folder / "evaluations.csv").open(newline="") as file:
             evaluated = [row["step"] for row in csv.DictReader(file) if row["figure"] == "eval/train/return_mean"]
-        assert evaluated == (["40"] if name == "b" else ["30", "40"])
+        assert evaluated == (["30", "40"] if name == "a" else ["40"])
         figures = {key: value for key, value in metrics(folder).items() if key != "train/seconds"}
         rows[name] = [row["return"] for row in returns(folder)], figures, torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
     assert rows["a"][:2] == rows["b"][:2]
     assert all(torch.equal(value, rows["b"][2][key]) for key, value in rows["a"][2].items())
     assert rows["a"][0] != rows["c"][0]
+    assert rows["a"][0][0] == rows["d"][0][0]  # of random actions; but what was learned from them is not the same:
+    assert any(not torch.equal(value, rows["d"][2][key]) for key, value in rows["a"][2].items() if key.startswith("encoder."))
     assert not (tmp_path / "runs/maskers").exists()  # --masker-path was given
 
 
@@ -337,7 +341,7 @@ def test_without_masker(tmp_path):
     figures = metrics(folder)
     assert figures["train/updates"] == 8
     assert {"eval/train/return_mean", "eval/procedural/return_mean"} <= figures.keys()
-    assert not [key for key in figures if "video" in key]
+    assert not [key for key in figures if "video" in key or "iou" in key]
     film = np.stack([np.asarray(frame) for frame in imageio.get_reader(folder / "train.mp4")])
     assert film[:, :, 340:668].min() > 250  # the mask is white
 
@@ -396,24 +400,30 @@ def test_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
 
 
 def test_evaluation_plays_every_episode_once(tmp_path):
-    """In processes, what a loop over the episodes comes to; a success rate where there is one to tell."""
-    args = rl.Args(env="hammer", masker="none", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32")
-    agent = rl.Agent(args, 9, 24, 26, None, None)
-    rl.save_agent(tmp_path / "checkpoint.pt", agent, 0, None)
+    """In processes, what a loop over the episodes comes to, with masks made a frame at a time; a success rate where there is one to tell."""
+    args = rl.Args(env="hammer", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32")
+    agent = rl.Agent(args, 9, 24, 26, rl.Masker(), None)
+    rl.save_agent(tmp_path / "checkpoint.pt", agent, 0, "the hand")
     figures = rl.evaluate(tmp_path / "checkpoint.pt", args, ("train", "procedural"), 3, None)
     for setting in ("train", "procedural"):
-        env, totals = envs.make_env("hammer", setting, args.seed + 10_000, action_repeat=20), []
+        env, totals, ious = envs.make_env("hammer", setting, args.seed + 10_000, action_repeat=20), [], []
         for episode in range(3):
-            (obs, _), done = env.reset(options={"episode": episode}), False
+            (obs, _), done, step = env.reset(options={"episode": episode}), False, 0
             totals.append(0.0)
             while not done:
-                obs, reward, _, done, _ = env.step(agent.act(*rl.observe(None, obs, torch.device("cpu")), mean=True)[0])
+                pixels, proprio = torch.from_numpy(obs["pixels"])[None], torch.from_numpy(obs["proprio"])[None]
+                with torch.no_grad():
+                    mask = torch.cat([agent.masker(frame).sigmoid() for frame in pixels.float().split(3, 1)])[None]
+                if step % 5 == 0:
+                    ious.append(envs.mask_iou(mask[0, -1:].numpy() > 0.5, env.segment("the hand")[None])[0])
+                obs, reward, _, done, _ = env.step(agent.act(pixels, (mask * 255).round().byte(), proprio, mean=True)[0])
                 totals[-1] += reward
+                step += 1
         env.close()
         assert figures[f"eval/{setting}/return_mean"] == pytest.approx(np.mean(totals), rel=1e-3)
         assert figures[f"eval/{setting}/return_std"] == pytest.approx(np.std(totals), rel=1e-2)
         assert figures[f"eval/{setting}/episodes"] == 3 and figures[f"eval/{setting}/success_rate"] == 0
-    assert not [key for key in figures if key.startswith("iou")]  # of no masker
+        assert figures[f"iou/{'clean' if setting == 'train' else setting}"] == pytest.approx(np.mean(ious), abs=2e-3)
 
 
 def test_train_all_runs_what_is_not_finished(tmp_path):

@@ -644,6 +644,25 @@ def test_vector_environments_leave_transitions_only():
     assert 100 < (whole.reward > 3).sum() + (whole.done > 0).sum() < 260  # the second ring ends, the third goes past 3: (1/3 + 2/5) of a third each
 
 
+def test_what_is_observed_is_masked():
+    """By the masker that is handed over, frame by frame: what acts, and what lies in replay, an ended episode's last observation as well."""
+    masker, rng = make_masker(), np.random.default_rng(5)
+    looks = [{"pixels": rng.integers(0, 256, (1, 9, 84, 84), np.uint8), "proprio": np.zeros((1, P), np.float32)} for _ in range(4)]
+    frames = [torch.from_numpy(look["pixels"]) for look in looks]
+    replay = rl.Replay(1, 20, (9, 84, 84), P, A, torch.device("cpu"))
+    first = rl.observe(masker, looks[0], torch.device("cpu"))
+    replay.add_frame(0, *(part[0] for part in first), first=True)
+    step = [replay, np.zeros((1, A), np.float32)]
+    second = rl.remember(*step, looks[1], [1.0], [False], [False], {}, masker)
+    last = {"final_obs": [{key: value[0] for key, value in looks[2].items()}]}
+    third = rl.remember(*step, looks[3], [1.0], [True], [False], last, masker)
+    for (pixels, mask, _), seen in zip((first, second, third), (frames[0], frames[1], frames[3]), strict=True):
+        assert torch.equal(pixels, seen) and torch.equal(mask, rl.mask_stack(masker, seen)) and 0 < mask.float().mean() < 255
+    expected = torch.cat([rl.mask_stack(masker, seen[:, -3:])[0] for seen in frames]).int()
+    assert (replay.masks[:4].int() - expected).abs().max() <= 1  # a byte rounded the other way
+    assert (expected[0] - expected[1]).abs().max() > 1
+
+
 # ------------------------------------------------------------------------------------------------------------ speed changes nothing
 def test_every_way_to_compute_gives_the_same_losses():
     """Over 200 batches, from the same weights. fp32: contiguous and channels_last layouts, masks made at replay's entry and when sampled; bf16."""
