@@ -1,5 +1,5 @@
 """What maskers keep, in one picture and one table, from the test frames and metrics that the phases left. Tasks that the table has already are
-replaced, others stay. No training.
+replaced, others stay; the picture is drawn anew, of the tasks named. No training.
 
 python benchmarks/masks.py --envs walker_walk cartpole_swingup hammer unitree_walk --commit abc1234 --output results/masks
 """
