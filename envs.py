@@ -165,7 +165,7 @@ class Task:
     prompt: str  # the default prompt of Phase I
     mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow
     vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model, see TalasEnv._lookup
-    hold: int = 0  # control steps for which the goal has to hold in an episode that counts as a success (Adroit)
+    hold: int = 0  # an episode counts as a success when its goal holds for more than so many control steps (Adroit)
     student_steps: int = 5000  # gradient steps of Phase II by default: the A1, large in its picture, needs fewer, a thin pole more
 
 
@@ -197,7 +197,7 @@ TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt
                               _HAND | {"ball": "Object+", "target": "target"}, hold=25),
 }  # fmt: skip
 ALIASES = {"cup_catch": "ball_in_cup_catch"}
-SUITE = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+SUITE = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain != "lqr"}  # whose actions have no bounds
 
 
 def resolve_env_id(env_id: str) -> str:
@@ -217,7 +217,7 @@ def task_row(env_id: str) -> Task:
 # ---------------------------------------------------------------------------------------------------- the three loaders
 # A loader is a simulated task without pixels: `model`, `data`, `action_size` and the methods of SuiteTask. All chance is in the `rng` it is handed.
 class Textured:
-    """What the suite and the A1 have in common: a sky and a ground texture, no proprioception, and robots to be put on the ground."""
+    """What the suite and the A1 have in common: a sky and a ground texture, and no proprioception."""
 
     textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
     ground: str  # the ground's texture; the sky's is "skybox" everywhere
@@ -460,7 +460,7 @@ def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
     videos = [p for p in folder.iterdir() if p.suffix.lower() in {".mp4", ".avi", ".mov", ".mkv", ".webm"}]
     if not videos:
         raise UserError(f"{folder}: no videos (.mp4, .avi, .mov, .mkv, .webm) in it")
-    return tuple(sorted(videos, key=lambda p: (int("".join(filter(str.isdigit, p.stem)) or 0), p.name)))
+    return tuple(sorted(videos, key=lambda p: ([int(number) for number in re.findall("[0-9]+", p.stem)], p.name)))
 
 
 @lru_cache
@@ -544,7 +544,7 @@ class TalasEnv(gym.Env):
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
-    EPISODE_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_size", "site_pos", "site_quat", "site_size", "site_rgba")  # see get_state
+    EPISODE_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_size", "site_pos", "site_quat", "site_size", "site_rgba", "light_pos")  # get_state's
 
     def __init__(
         self,
@@ -707,7 +707,7 @@ class TalasEnv(gym.Env):
         return self.render()
 
     def get_state(self) -> list[np.ndarray]:
-        """All that decides what the scene looks like: MuJoCo's integration state and the model's fields that episodes change."""
+        """What decides how the scene looks: MuJoCo's integration state, and what episodes change in the model (but quadruped_escape's terrain)."""
         state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
         return [state, *(getattr(self.model, name).copy() for name in self.EPISODE_FIELDS)]
@@ -776,7 +776,8 @@ def load_photographs(folder: str | None, count: int, seed: int, part: Literal["a
 
 def decode_image(path: Path, flags: int) -> np.ndarray | None:
     """(H, W, 3) uint8 BGR or (H, W) uint8, as OpenCV's flags say, or None if the file cannot be decoded."""
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="error"):  # damaged files fail in many ways
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # damaged files fail in many ways
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         if path.is_file():  # a pipe would wait for ever
             PIL.Image.open(path).close()  # reads the header, and refuses one that promises more than MAX_PIXELS
             return cv2.imdecode(np.fromfile(path, np.uint8, count=1 << 28), flags)
@@ -869,7 +870,9 @@ class Args:
 def draw_settings(args: Args) -> None:
     """A PNG: a row per setting; the start and two later states under random actions, each with its mask."""
     env_id, rows = resolve_env_id(args.env), []
-    prompt = args.prompt or task_row(env_id).prompt
+    prompt, output = args.prompt or task_row(env_id).prompt, args.output or f"{env_id}.png"
+    if not cv2.haveImageWriter(output):
+        raise UserError(f"--output {output}: not the name of a picture that can be written; end it in .png")
     for setting in SETTINGS:
         try:
             env = make_env(env_id, setting, distractors=args.distractors)
@@ -888,7 +891,6 @@ def draw_settings(args: Args) -> None:
         row = np.concatenate(cells, 1).repeat(3, 0).repeat(3, 1)
         rows.append(cv2.putText(row, setting, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 255), 1, cv2.LINE_AA))
         env.close()
-    output = args.output or f"{env_id}.png"
     if not cv2.imwrite(output, np.concatenate(rows)[..., ::-1]):
         raise UserError(f"--output {output}: cannot be written")
     print(f"written: {output} (columns: the start, then 15 and 50 random steps later, each with the mask of {prompt!r})")

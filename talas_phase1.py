@@ -357,7 +357,7 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
     """(n, size, size) bool: a folder's masks, all sequences one after the other, brought down by area. Raises UserError for each way not to fit."""
     expected, masks, peak = [f"{i:05}.png" for i in range(args.sequence_length)], [], 0
     for sequence in sequence_names(args):
-        where, there = f"--masks {folder}/{sequence}", {path.name for path in (folder / sequence).glob("*.png")}
+        where, there = f"{folder}/{sequence}", {path.name for path in (folder / sequence).glob("*.png")}
         missing, extra = sorted(set(expected) - there), sorted(there - set(expected))
         if missing and len(missing) == len(extra):
             raise UserError(f"{where}: misnumbered, {extra[0]} to {extra[-1]} have no frame; frames are {expected[0]} to {expected[-1]}")
@@ -373,7 +373,8 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
             peak, down = max(peak, int(mask.max())), cv2.INTER_AREA if len(mask) > size else cv2.INTER_NEAREST
             masks.append(cv2.resize(np.float32(mask > 127), (size, size), interpolation=down) > 0.5)
     if not np.any(masks):
-        raise UserError(f"--masks {folder}: all {len(masks)} masks are empty (their largest value is {peak}; 255 is what the prompt names)")
+        hint = "try other words or a lower --box-threshold" if args.segmenter == "sam" else "255 is what the prompt names"
+        raise UserError(f"{folder}: all {len(masks)} masks are empty (their largest value is {peak}; {hint})")
     return np.stack(masks)
 
 
@@ -447,7 +448,10 @@ def run_sam(args: Args, phrases: list[str], device: torch.device, pool: ProcessP
 def segment(args: Args, prompt: str, device: torch.device, pool: ProcessPoolExecutor, size: int) -> dict[str, np.ndarray]:
     """The masks m* of sam or of another tool, (n, size, size) bool, by what their folders are named by: a phrase of the prompt."""
     folders = [Path(folder) for folder in args.masks] or run_sam(args, envs.parse_prompt(prompt), device, pool)
-    parts = {" ".join(envs.parse_prompt(folder.name.split("__")[0].replace("_", " "))): read_masks(args, folder, size) for folder in folders}
+    parts: dict[str, np.ndarray] = {}
+    for folder in folders:  # of one name, as by two tools: united
+        name = " ".join(envs.parse_prompt(folder.resolve().name.split("__")[0].replace("_", " ")))
+        parts[name] = parts.get(name, False) | read_masks(args, folder, size)
     found = np.any(list(parts.values()), axis=0).any((1, 2))
     if found.mean() < 0.5:
         where = f"in {len(found) - found.sum()} of {len(found)} frames, see {', '.join(map(str, folders))}"
@@ -561,7 +565,8 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
     # ---- the teacher
     masker = Masker().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(masker.parameters(), lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1)
+    warm = 0.2 if args.steps == 10 else 0.1  # of ten steps, OneCycleLR would divide by a tenth of them minus one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=warm)
     frames_t, masks_t = torch.from_numpy(frames), torch.from_numpy(masks)
     bar = tqdm(range(args.steps), desc="train the teacher", unit="step", mininterval=1 if sys.stderr.isatty() else 15)
     for step in bar:
@@ -577,6 +582,8 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == args.steps - 1:
+            if not loss.isfinite():
+                raise UserError(f"step {step}: the loss is {loss.item()}; give a lower --learning-rate")
             writer.add_scalar("losses/bce", bce.item(), step)
             writer.add_scalar("losses/reconstruction", reconstruction.item(), step)
             bar.set_postfix(bce=f"{bce.item():.4f}", refresh=False)

@@ -141,8 +141,8 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, b
 def main(args: Args) -> None:
     started = time.time()
     args.env = envs.resolve_env_id(args.env)
-    args.steps = args.steps or envs.task_row(args.env).student_steps
     envs.check_numbers(args, shift=0, overlay_images=10)
+    args.steps = args.steps or envs.task_row(args.env).student_steps
     device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
 
     folder = Path(args.maskers or f"runs/maskers/{args.env}")
@@ -167,7 +167,8 @@ def main(args: Args) -> None:
     student.load_state_dict(checkpoint["state_dict"])
     student.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1)
+    warm = 0.2 if args.steps == 10 else 0.1  # of ten steps, OneCycleLR would divide by a tenth of them minus one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=warm)
     bar = tqdm(range(args.steps), desc="train the student", unit="step", mininterval=1 if sys.stderr.isatty() else 15)
     for step in bar:
         batch = torch.randint(len(frames), (args.batch_size,))
@@ -185,6 +186,8 @@ def main(args: Args) -> None:
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == args.steps - 1:
+            if not loss.isfinite():
+                raise UserError(f"step {step}: the loss is {loss.item()}; give a lower --learning-rate")
             writer.add_scalar("losses/bce", loss.item(), step)
             bar.set_postfix(bce=f"{loss.item():.4f}", refresh=False)
         if step % 1000 == 0:

@@ -55,6 +55,14 @@ def test_videos_in_natural_numeric_order(tiny):
     assert [p.name for p in envs.list_videos(tiny, "video_hard")] == ["video0.mp4", "video2.mp4", "video10.mp4"]
 
 
+def test_videos_in_order_by_each_of_their_numbers(tmp_path):
+    names = ["x².mp4", "1_10.mp4", "2_1.mp4", "2_9.mp4", "10_0.mp4"]
+    (tmp_path / "video_hard").mkdir()
+    for name in names[::-1]:
+        (tmp_path / "video_hard" / name).touch()
+    assert [p.name for p in envs.list_videos(str(tmp_path), "video_hard")] == names
+
+
 @pytest.mark.parametrize("setting", ["video_easy", "video_hard"])
 def test_which_video_and_which_frame(make, tiny, setting):
     """The first episode shows the second video, the fourth the second again; a step shows its own frame, modulo the length; a reset frame 0."""

@@ -76,6 +76,9 @@ def write_photograph(path: Path, kind: str) -> None:
     elif kind == "16 bit":
         return cv2.imwrite(str(path), np.full((60, 90, 3), np.array(RED[::-1]) * 257, np.uint16))
     image.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+    if kind == "damaged notes":  # in place of the JFIF header, EXIF whose list of five entries ends at once: Pillow warns, pixels are whole
+        notes, data = b"Exif\0\0II*\0\x08\0\0\0\x05\0", path.read_bytes()
+        path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(notes)) + notes + data[20:])
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,7 @@ def write_photograph(path: Path, kind: str) -> None:
         ("plain", ".jpg", RED), ("plain", ".png", RED), ("plain", ".webp", RED), ("plain", ".bmp", RED), ("grey", ".jpg", (73,) * 3),
         ("grey", ".png", (73,) * 3), ("alpha", ".png", RED), ("palette", ".png", RED), ("cmyk", ".jpg", RED), ("1 bit", ".png", (0,) * 3),
         ("one pixel", ".png", RED), ("a line", ".png", RED), ("16 bit", ".png", RED), ("rotated", ".jpg", None),
+        ("damaged notes", ".jpg", RED),
     ],
 )  # fmt: skip
 def test_photographs_are_converted(tmp_path, kind, suffix, colour):

@@ -70,11 +70,13 @@ def test_both_phases_learn(tmp_path, monkeypatch):
     np.savez(folder / "frames.npz", **frames)  # without the segmenter's masks: they are not Phase II's business
 
     teacher = (folder / "teacher.pt").read_bytes()
-    phase2.main(phase2.Args(env="walker_walk", steps=1, learning_rate=0.0, overlay_images=50))
+    phase2.main(phase2.Args(env="walker_walk", steps=10, learning_rate=0.0, overlay_images=50))
     weights = [envs.load_tensors(folder / f"{kind}.pt")["state_dict"] for kind in ("teacher", "student")]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    with pytest.raises(envs.UserError, match=r"step \d+: the loss is (nan|inf); give a lower --learning-rate"):
+        phase2.main(phase2.Args(env="walker_walk", steps=4, batch_size=4, learning_rate=1e9, overlay_images=50))
     phase2.main(phase2.Args(env="walker_walk", steps=150, batch_size=16, overlay_images=50))
-    assert asked[3:] == ["train", "train"] and (folder / "teacher.pt").read_bytes() == teacher
+    assert asked[3:] == ["train"] * 3 and (folder / "teacher.pt").read_bytes() == teacher
     for setting, gain in (("overlay", 0.25), ("procedural", 0.3)):
         before, after = (iou(folder / f"{kind}.pt", frames[f"test_{setting}"], masks) for kind in ("teacher", "student"))
         assert after > before + gain, setting

@@ -463,6 +463,9 @@ MISTAKES = [  # script, arguments, what the one line says
     (PHASE1, ["--env=walker_walk", "--seed=-1"], "seed -1: has to be a number from 0 to"),
     (PHASE1, ["--env=walker_walk", "--output=/dev/null/maskers"], "Not a directory: '/dev/null/maskers'"),
     (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
+    (PHASE2, ["--env=walker_walk", "--steps=0"], "steps 0: has to be a number from 1"),
+    ("envs", ["--env=walker_walk", "--output=picture"], "picture: not the name of a picture"),
+    ("envs", ["--env=lqr_lqr_2_1"], "unknown --env 'lqr_lqr_2_1'"),
     (RL, ["--no-such-flag=1"], "--no-such-flag"),  # tyro answers these itself, in a box, with exit code 2
     (PHASE1, ["--frames=many"], "--frames"),
     (PHASE2, ["--augmentation=blur"], "--augmentation"),

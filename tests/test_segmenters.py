@@ -1,6 +1,7 @@
 """Text-prompted segmenters: the real code with tiny models from local folders, another tool's masks from the command line, and every way to fail."""
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -176,6 +177,18 @@ def test_another_tools_masks_make_a_teacher(exported):
     assert (masks[19][share > 0.99] == 1).all()
     assert (masks[19][share < 0.01] == 0).all()
     shutil.rmtree(exported / "runs")
+
+
+def test_masks_of_one_phrase_by_two_tools_are_united(exported, monkeypatch):
+    """Folders of the same name, and of a name with an article: none of them is lost."""
+    monkeypatch.chdir(exported)
+    for folder, source in (("one/hammer", "the_hand"), ("two/the_hammer", "the_hammer")):
+        shutil.copytree(exported / source, folder)
+    args = phase1.Args(env="hammer", segmenter="masks", segment_frames=64, sequence_length=16)
+    whole = phase1.segment(dataclasses.replace(args, masks=("the_hand", "the_hammer")), "the hammer", CPU, None, 84)
+    united = phase1.segment(dataclasses.replace(args, masks=("one/hammer", "two/the_hammer")), "the hammer", CPU, None, 84)
+    assert list(whole) == ["hand", "hammer"] and list(united) == ["hammer"]
+    assert (united["hammer"] == (whole["hand"] | whole["hammer"])).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ what does not fit
