@@ -722,7 +722,8 @@ make_env = TalasEnv
 
 
 def make_env_in_worker(*args: Any, **kwargs: Any) -> TalasEnv:
-    start_worker()
+    if multiprocessing.parent_process():  # Gymnasium makes one in the main process as well, to ask it for its spaces
+        start_worker()
     return make_env(*args, **kwargs)
 
 
