@@ -19,6 +19,7 @@ The last line is the asymmetry: an action chosen from the augmented view is judg
 import copy
 import csv
 import gc
+import glob
 import importlib.util
 import json
 import math
@@ -73,12 +74,12 @@ class Args:
     masker_path: str | None = None  # folder with student.pt and teacher.pt; by default runs/maskers/<env>, made there by Phases I and II if missing
 
     # soft actor-critic: DMC-GB2's SADA unless said otherwise
-    batch_size: int = 128  # transitions per update
-    learning_starts: int = 1000  # random agent steps before the first update; at most four fifths of a short run
+    batch_size: int = 128  # transitions per update (SADA: 256)
+    learning_starts: int = 1000  # random agent steps before the first update (SADA: 2000); at most four fifths of a short run
     updates_per_step: float = 1.0  # updates per agent step (SADA: 0.5)
     actor_lr: float = 5e-4  # Adam's learning rate for the actor
     critic_lr: float = 5e-4  # Adam's learning rate for encoder and critic
-    alpha_lr: float = 5e-4  # Adam's learning rate for the entropy temperature (β1 0.5)
+    alpha_lr: float = 5e-4  # Adam's learning rate for the entropy temperature (β1 0.5, which is SVEA's)
     init_alpha: float = 0.1  # the entropy temperature at the start
     gamma: float = 0.99  # discount per agent step
     tau: float = 0.01  # the target critic moves this share of the way at each update
@@ -86,7 +87,7 @@ class Args:
     encoder: Literal["sada", "medium", "small"] = "sada"
     """sada: four 3×3 convolutions, the first with stride 2; medium: the second as well, a third of the cost; small: 4×4 patches first, a tenth"""
     hidden_dim: int = 1024  # width of the actor's and the critics' two hidden layers
-    replay_size: int = 500_000  # frames kept; memory is taken as it fills, 21 KB a frame and 7 KB for its mask
+    replay_size: int = 500_000  # frames kept; memory is taken as it fills (a GPU's at once), 21 KB a frame and 7 KB for its mask
 
     # media
     distractors: str | None = None  # folder in DMControl-GB's layout for the video and colour settings; or set TALAS_DISTRACTORS
@@ -94,17 +95,19 @@ class Args:
     overlay_images: int = 5000  # how many photographs to sample from the folder
 
     # evaluation, logging, machine
-    evaluate: str | None = None  # a checkpoint.pt: evaluate and film it, train nothing
+    evaluate: str | None = None  # a checkpoint.pt: evaluate and film it, with its own arguments, on this --seed's episodes; train nothing
     eval_every: int = 25_000  # agent steps between evaluations; one always ends the run
     eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10, or half as many as a short run has
     eval_settings: tuple[Setting, ...] | None = None  # by default train, video_easy, video_hard; without --distractors train, procedural
     resume: str | None = None
-    """the folder of an interrupted run, to go on from its last checkpoint; auto: the run that this same command began, if there is one"""
+    """the folder of an interrupted run, to go on from its last checkpoint, with its own arguments; auto: the run that this same command began, if
+    there is one"""
     checkpoint_every: int = 2500  # agent steps between checkpoints, each at the next end of an episode; replay, all of it, lies on the disk as well
     exp_name: str = "talas"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs with bf16 instructions, where it is several times faster"""
+    """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs with bf16 instructions, where it is several times faster. Episodes of an
+    evaluation, which are played on the CPU, are fp32 where it has none"""
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True
     """simulate and render the next frame while the update runs, on a replay that lacks it; --no-overlap: one after the other, the textbook's order"""
@@ -199,7 +202,7 @@ def apply_mask(stack: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype = tor
 
 
 def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
-    """Shift (B, C_i, H, W) tensors of one dtype together, each sample by a random offset of at most `pad` pixels, edges repeated."""
+    """Shift (B, C_i, H, W) tensors together, each sample by a random offset of at most `pad` pixels, edges repeated."""
     batch, (height, width), device = len(stacks[0]), stacks[0].shape[-2:], stacks[0].device
     n, row, col = torch.arange(batch, device=device), *(torch.randint(2 * pad + 1, (batch,), device=device) for _ in range(2))
     shifted = []
@@ -325,8 +328,8 @@ class Agent(nn.Module):
         self.masker = masker and masker.to(self.dtype)  # the deployed one, frozen: cast once
 
     def autocast(self) -> torch.autocast:
-        """bf16 where asked for. Without the cache of cast weights: the actor would be judged by the critic from before its step."""
-        return torch.autocast(self.log_alpha.device.type, self.dtype, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
+        """bf16 where asked for. A context for each step of an optimiser: weights that were cast before it are not used after it."""
+        return torch.autocast(self.log_alpha.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
     def views(self, obs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The clean and the augmented view of one shifted stack, (B, 9, 84, 84) float in [0, 1] each; obs and mask as in Batch."""
@@ -604,10 +607,11 @@ def find_run(args: Args) -> Path | None:
     """The folder of the run to go on with: the one asked for, or for auto the newest in runs/ that was given these arguments, if there is one."""
     if args.resume != "auto":
         return Path(args.resume)
-    asked = json.loads(json.dumps(asdict(args))) | {"precision": None, "resume": None}  # auto becomes what it stands for
-    for path in sorted(Path("runs").glob(f"{args.env}__{args.exp_name}__{args.seed}__*/args.json"), reverse=True):
+    varies = {"resume": None} | ({"precision": "auto"} if args.precision == "auto" else {})  # auto became what it stands for
+    asked = json.loads(json.dumps(asdict(args) | varies))
+    for path in sorted(Path("runs").glob(f"{args.env}__{glob.escape(args.exp_name)}__{args.seed}__*/args.json"), reverse=True):
         with suppress(ValueError, TypeError, OSError):
-            if not path.parent.name.endswith("__evaluate") and json.loads(path.read_text()) | {"precision": None, "resume": None} == asked:
+            if json.loads(path.read_text()) | varies == asked:
                 return path.parent
     return None
 
@@ -617,7 +621,7 @@ LOST = (TimeoutError, ConnectionError)  # of OSError's kinds, those that mean a 
 
 @contextmanager
 def saving(what: str, said: set[str] = set()) -> Iterator[None]:  # noqa: B006
-    """A disk that is full or gone costs what cannot be written, not the run. Says so once."""
+    """A disk that is full or gone costs what cannot be written, not the run. Says so once: the one default set remembers what was said."""
     try:
         yield
     except OSError as error:
@@ -661,9 +665,12 @@ def play_all(path: Path, args: Args, jobs: list[tuple[Setting, int]]) -> Iterato
     # Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(len(jobs), os.cpu_count(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
     futures = [pool.submit(play, path, args, job) for job in jobs]
-    for future in futures:
-        yield future.result(timeout=3 * PATIENCE)
-    pool.shutdown()
+    try:
+        for future in futures:
+            yield future.result(timeout=3 * PATIENCE)
+    finally:
+        # After an error, not the episodes that are left: they would be played to their ends, and one that hangs waited for.
+        pool.shutdown(wait=all(future.done() for future in futures), cancel_futures=True)
 
 
 def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: int, folder: Path | None) -> dict[str, float]:
@@ -673,13 +680,15 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
     figures, table = {}, f"\n{args.env}, {episodes} episodes each\n{'setting':<12}{'return':>9}{'± std':>8}{'mask IoU':>10}{'success':>9}"
     for i, setting in enumerate(settings):
         totals, successes, ious, films, skipped = zip(*played[i * episodes : (i + 1) * episodes], strict=True)
-        mean, std, success, name = np.mean(totals), np.std(totals), np.mean(successes), "clean" if setting == "train" else setting
+        mean, std, success = np.mean(totals), np.std(totals), np.mean(successes)
+        name = "clean" if setting == "train" else setting  # as Phases I and II call it
         iou = np.concatenate(ious).mean(0) if ious[0] else np.full(2, math.nan)
         figures |= {f"eval/{setting}/return_mean": float(mean), f"eval/{setting}/return_std": float(std), f"eval/{setting}/episodes": episodes}
         optional = {f"eval/{setting}/success_rate": success, f"iou/{name}": iou[0], f"iou_1px/{name}": iou[1]}
         optional[f"eval/{setting}/videos_skipped"] = skipped[0] or math.nan  # another set of videos than a comparison has
         figures |= {key: float(value) for key, value in optional.items() if not np.isnan(value)}
-        table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{iou[0]:10.3f}{success:9.0%}".replace("nan%", "–").replace("nan", "–")
+        table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{'–' if np.isnan(iou[0]) else f'{iou[0]:.3f}':>10}"
+        table += f"{'–' if np.isnan(success) else f'{success:.0%}':>9}"
         if folder:
             film = [panel.repeat(4, 0).repeat(4, 1) for panel in films[0]]
             with saving("a film"):
@@ -710,9 +719,12 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     clean_masker = clean_masker and clean_masker.to(agent.dtype)  # as the agent did with its own
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs) // args.num_envs
     free = free_memory(device)
-    replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
-    size = sum(store.nbytes for store in vars(replay).values() if torch.is_tensor(store)) / 1e9
+    size = args.num_envs * capacity * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 17) / 1e9  # frame, mask; proprio, action; book-keeping
     print(f"replay: at most {size:.1f} GB, as it fills, of {free:.1f} GB free" + (": too much; give a smaller --replay-size" if size > free else ""))
+    try:
+        replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
+    except RuntimeError:
+        raise UserError(f"--replay-size {args.replay_size:,}: {size:.1f} GB cannot be had on {device}; give a smaller one") from None
     if args.compile:
         agent.update = torch.compile(agent.update, options={"fallback_random": True})  # eager mode's random numbers, and so its losses
     update = graphed(agent) if args.cudagraphs else agent.update
@@ -728,7 +740,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, config=asdict(args), name=run.name, dir=run, id=run.name, resume="allow")
     curves = partial(saving, "TensorBoard's curves")
     writer = SummaryWriter(run, purge_step=progress.step + 1)  # TensorBoard forgets what came after the checkpoint
-    cleanup.callback(curves()(writer.close))
+    cleanup.callback(curves()(writer.close))  # the context manager as a decorator: on a full disk, closing may fail as well
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
     tables = [cleanup.enter_context((run / name).open("a", newline="", buffering=1)) for name in ("returns.csv", "evaluations.csv")]
     for table, size in zip(tables, progress.sizes, strict=True):
@@ -844,21 +856,41 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-def main(args: Args) -> None:
-    args.env, own, run = envs.resolve_env_id(args.env), None, None
-    if args.evaluate:  # the agent's own arguments, but for what this evaluation was asked for
-        checkpoint, keys = load_agent(Path(args.evaluate))[1], ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision")
-        own = replace(checkpoint["args"], device="cpu", cudagraphs=False)  # episodes are played on the CPU, wherever the agent was trained
-    elif args.resume and (run := find_run(args)):  # the run's own arguments, but for the length and where things are
-        if (run / "metrics.json").is_file():
-            return print(f"{run} came to its end before; nothing to do")
-        keys = ("resume", "total_timesteps", "checkpoint_every", "device", "distractors", "overlay", "masker_path")
+def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
+    """The command line's arguments, and the run that is to go on. --resume and --evaluate begin with that run's or agent's own, and change few."""
+
+    def parse(default: Args) -> Args:
+        args = tyro.cli(Args, args=argv, default=default, description=__doc__)
+        return replace(args, env=envs.resolve_env_id(args.env))
+
+    args, run = parse(Args()), None
+    if args.evaluate:
+        own, free = load_agent(Path(args.evaluate))[1]["args"], ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision", "seed")
+        own = replace(own, device="cpu", cudagraphs=False)  # episodes are played on the CPU, wherever the agent was trained
+    elif args.resume and (run := find_run(args)):
+        free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "distractors", "overlay", "masker_path")
         try:
             own = Args(**json.loads((run / "args.json").read_text()))
+            own = replace(own, eval_settings=own.eval_settings and tuple(own.eval_settings))  # JSON has lists only
         except Exception as error:  # damaged files fail in many ways
             raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {envs.brief(error)})") from None
-    if own:
-        args = replace(own, **{key: getattr(args, key) for key in keys if getattr(args, key) != getattr(Args, key)})
+        if own.evaluate:
+            raise UserError(f"--resume {run}: the folder of an evaluation, which has no checkpoints; start it again: --evaluate {own.evaluate}")
+    else:
+        return args, None
+    args = parse(own)
+    for key in vars(args):
+        if key not in free and getattr(args, key) != getattr(own, key):
+            given, what = key.replace("_", "-"), "--evaluate" if args.evaluate else "--resume"
+            allowed = ", ".join(f"--{name.replace('_', '-')}" for name in free[1:])
+            raise UserError(f"--{given}: {args.evaluate or run} has its own, {getattr(own, key)}; beside {what} only {allowed} can be given")
+    return args, run
+
+
+def main(args: Args, run: Path | None = None) -> None:
+    """Train, go on with `run`, or evaluate: what read_args read."""
+    if run and (run / "metrics.json").is_file():
+        return print(f"{run} came to its end before; nothing to do")
     if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
         raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
     envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
@@ -879,7 +911,13 @@ def main(args: Args) -> None:
 
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"  # runs that start in the same second get folders of their own
     run = run or Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if args.evaluate else ''}")
-    again = shlex.join(["python", sys.argv[0], *(("--evaluate", args.evaluate) if args.evaluate else ("--resume", str(run)))])
+
+    def again() -> str:
+        if not args.evaluate and not list(run.glob("resume/[0-9]*.state.pt")):
+            return "no checkpoint yet, start the same again"
+        flags = ("--evaluate", args.evaluate) if args.evaluate else ("--resume", str(run))
+        return "to go on: " + shlex.join(["python", sys.argv[0], *flags])
+
     for attempt in (1, 2):
         try:
             with ExitStack() as cleanup:
@@ -887,7 +925,7 @@ def main(args: Args) -> None:
                     return train(args, run, settings, env, device, cleanup)
                 open_run(run, args, cleanup)
                 figures = evaluate(Path(args.evaluate), args, settings, args.eval_episodes or 10, run)
-                figures |= {"train/steps": checkpoint["step"]}
+                figures |= {"train/steps": load_agent(Path(args.evaluate))[1]["step"]}
                 envs.write_whole(run / "metrics.json", partial(Path.write_text, data=json.dumps(figures, indent=2)))
                 return print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
         except UserError:
@@ -897,11 +935,10 @@ def main(args: Args) -> None:
             if not disk:
                 traceback.print_exc()
             if disk or attempt == 2 or args.evaluate:
-                raise UserError(f"{envs.brief(error)}; when that is mended: {again}") from None
-            print("\nonce more, from the last checkpoint", flush=True)
+                raise UserError(f"{envs.brief(error)}; when that is mended, {again()}") from None
+            print("\nonce more, from the last checkpoint, if there is one", flush=True)
         except SystemExit:
-            saved = args.evaluate or list(run.glob("resume/[0-9]*.state.pt"))
-            print(f"\nstopped; {'to go on: ' + again if saved else 'no checkpoint yet, start the same again'}", flush=True)
+            print(f"\nstopped; {again()}", flush=True)
             raise
         finally:
             for process in multiprocessing.active_children():  # whatever they are in the middle of
@@ -913,6 +950,6 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(*read_args())
     except UserError as error:
         sys.exit(f"error: {error}")

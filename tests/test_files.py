@@ -342,5 +342,5 @@ def test_tensors_of_another_kind_are_refused(files, capsys, kind):
 def test_a_runs_folder_with_damaged_arguments(tmp_path, content):
     (tmp_path / "args.json").write_bytes(content)
     with pytest.raises(UserError, match=r"not the folder of a run of this script \(args\.json: .*\)"):
-        rl.main(rl.Args(resume=str(tmp_path)))
+        rl.read_args(["--resume", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["args.json"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import ctypes
 import importlib
 import json
 import math
@@ -16,10 +17,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
@@ -276,6 +278,76 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
     assert "came to its end before" in finish(start(*again, cwd=tmp_path))[0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_ctrl_c_in_the_middle_of_the_loop(tmp_path):
+    args = [
+        "--masker=none",
+        "--actor-views=clean",
+        "--critic-views=clean",
+        "--eval-settings",
+        "train",
+        "--total-timesteps=5000",
+        "--checkpoint-every=20",
+    ]
+    process = start(RL, *SMALL[1:], "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path)
+    wait_for(process, tmp_path, "runs/*/resume/0*20.state.pt")
+    workers = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    out, err = finish(process, 130, timeout=20)
+    assert f"stopped; to go on: python {ROOT}/{RL}.py --resume runs/" in out and "Traceback" not in err
+    time.sleep(1)
+    assert workers and not [pid for pid in workers if is_running(pid)]
+
+
+def test_a_vector_environment_leaves_the_process_that_makes_it_as_it_was():
+    """Gymnasium makes one environment there as well: a worker's one thread, deaf ear to Ctrl-C and end with its parent are not for it."""
+
+    def state() -> tuple:
+        signal_at_parents_end = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_parents_end))  # PR_GET_PDEATHSIG
+        return torch.get_num_threads(), signal.getsignal(signal.SIGINT), signal_at_parents_end.value
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    before = state()
+    gym.vector.AsyncVectorEnv([partial(envs.make_env_in_worker, "cartpole_swingup")], context="spawn").close()
+    assert state() == before == (2, signal.default_int_handler, 0)
+    torch.set_num_threads(threads)
+
+
+def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tmp_path, monkeypatch):
+    """Their own arguments, but for a few that are typed, a default among them; any other is refused, not dropped."""
+    monkeypatch.chdir(tmp_path)
+    typed = ["--env=cup_catch", "--exp-name=a[1]*", "--total-timesteps=1000", "--checkpoint-every=100", "--eval-settings", "train", "procedural"]
+    own = replace(rl.read_args(typed)[0], precision="bf16")  # as a run writes it, of auto
+    folder = Path("runs") / f"ball_in_cup_catch__{own.exp_name}__1__20260101-000000-1"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(asdict(own)))
+
+    resume = f"--resume={folder}"
+    assert rl.read_args([resume]) == (replace(own, resume=str(folder)), folder)
+    longer = rl.read_args([resume, "--total-timesteps=500000", "--checkpoint-every=2500", "--device=cpu", "--precision=fp32"])[0]
+    assert (longer.total_timesteps, longer.checkpoint_every, longer.device, longer.precision) == (500_000, 2500, "cpu", "fp32")
+    for flags, named in ((["--batch-size=7"], "--batch-size: "), (["--env=hammer"], "--env: "), (["--gamma=0.99", "--num-envs=3"], "--num-envs: ")):
+        with pytest.raises(envs.UserError, match=named):
+            rl.read_args([resume, *flags])
+
+    auto = "--resume=auto"
+    assert rl.read_args([*typed, auto]) == (replace(own, resume="auto"), folder)
+    assert rl.read_args([*typed, auto, "--precision=bf16"])[1] == folder
+    assert rl.read_args([*typed, auto, "--precision=fp32"])[1] is None
+    assert rl.read_args([*typed, auto, "--seed=2"])[1] is None
+
+    agent = str(next((ROOT / "results/agents").glob("*.pt")))
+    args, nobody = rl.read_args(["--evaluate", agent, "--seed=7", "--eval-episodes=2"])
+    assert nobody is None and (args.env, args.augmentation, args.seed, args.eval_episodes) == ("cartpole_swingup", "mix", 7, 2)
+    with pytest.raises(envs.UserError, match=r"--masker: .* has its own, student"):
+        rl.read_args(["--evaluate", agent, "--masker=none"])
+    (folder / "args.json").write_text(json.dumps(asdict(args)))
+    with pytest.raises(envs.UserError, match="the folder of an evaluation"):
+        rl.read_args([resume])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     args = ["--masker=none", "--eval-settings", "train", "--critic-lr=1e9", "--total-timesteps=60", "--learning-starts=42", "--checkpoint-every=20"]
     _, err = finish(start(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path), 1)
@@ -300,7 +372,7 @@ def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     for what in ("an evaluation", "a checkpoint to resume from"):
         assert done.stderr.count(f"warning: {what} cannot be written") == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "--resume runs/" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "no checkpoint yet, start the same again" in done.stderr.splitlines()[-1]
     folder = only(tmp_path, "runs/*")
     assert [row["step"] for row in returns(folder)] == ["20", "40", "60"]
     assert not list(folder.rglob("*.state.pt")) and not list(folder.glob("*.pt")) and not list(folder.rglob(".*"))
