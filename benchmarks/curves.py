@@ -4,6 +4,7 @@ python benchmarks/curves.py --runs runs/<run> runs/<run> --labels TaLaS "no mask
 """
 
 import csv
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +39,10 @@ def draw(path: Path, window: int = 5) -> None:
         for row in rows:
             if row["run"] == label:
                 points.setdefault(row["figure"], []).append((float(row["step"]), float(row["value"])))
-        steps, returns = zip(*points.pop("train_return"), strict=True)
-        smooth = np.convolve(returns, np.ones(window) / window, mode="valid")
-        line = axes.plot(steps[window - 1 :], smooth, alpha=0.6, label=f"{label}: training episodes, mean of {window}")[0]
+        steps, returns = np.array(points.pop("train_return", [])).reshape(-1, 2).T
+        w = min(window, len(steps)) or 1  # a short run has fewer episodes
+        smooth = np.convolve(returns, np.ones(w) / w, mode="valid") if len(steps) else returns
+        line = axes.plot(steps[w - 1 :], smooth, alpha=0.6, label=f"{label}: training episodes, mean of {w}")[0]
         means = {name.split("/")[1]: values for name, values in points.items() if name.endswith("/return_mean")}
         for (setting, values), style in zip(means.items(), ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False):
             axes.plot(*zip(*values, strict=True), style, color=line.get_color(), label=f"{label}: mean policy, {setting}")
@@ -54,7 +56,12 @@ def draw(path: Path, window: int = 5) -> None:
 
 
 def main(args: Args) -> None:
+    if len(args.runs) != len(args.labels):
+        sys.exit(f"error: {len(args.runs)} --runs and {len(args.labels)} --labels: give one for each")
+    if missing := [path for run in args.runs for name in ("returns", "evaluations") if not (path := Path(run) / f"{name}.csv").is_file()]:
+        sys.exit(f"error: {missing[0]}: no such file; --runs are folders of talas_asymmetric_sac.py's runs")
     output = Path(f"{args.output}.csv")
+    output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "figure", "step", "value"])

@@ -62,8 +62,12 @@ def main(args: Args) -> None:
         from sklearn.manifold import TSNE
     except ImportError:
         raise envs.UserError("t-SNE needs scikit-learn: pip install scikit-learn") from None
+    if len(args.checkpoints) != len(args.labels) or args.states * args.backgrounds <= 30 or args.states < 2:
+        raise envs.UserError("give a label for each of --checkpoints; t-SNE takes more than 30 of --states times --backgrounds, two states or more")
     agents = [talas.load_agent(Path(path)) for path in args.checkpoints]
     run = agents[0][1]["args"]
+    if len({rest["args"].env for _, rest in agents}) > 1:
+        raise envs.UserError("--checkpoints: agents of one task can be compared, these are of several")
     moments = visit(agents[0][0], run, args.states)
     env = envs.make_env(run.env, args.setting, run.seed, **talas.env_options(run) | {"distractors": args.distractors})
     stacks = np.empty((args.states, args.backgrounds, *env.observation_space["pixels"].shape), np.uint8)
@@ -73,6 +77,7 @@ def main(args: Args) -> None:
             frames = [env.show(state, 10 * s + t) for t, state in enumerate(moment)]
             stacks[s, b] = np.concatenate(frames, 2).transpose(2, 0, 1)
     env.close()
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{args.output}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "setting", "tightness", "state", "background", "x", "y"])

@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +62,8 @@ def command(args: talas.Args) -> str:
         flag, values = field.name.replace("_", "-"), value if isinstance(value, list | tuple) else [value]
         if isinstance(value, bool):
             flag, values = flag if value else f"no-{flag}", []
-        given.append(" ".join([f"--{flag}", *map(str, values)]))
-    return " ".join(["python talas_asymmetric_sac.py", *given])
+        given += [f"--{flag}", *map(str, values)]
+    return shlex.join(["python", "talas_asymmetric_sac.py", *given])
 
 
 def machine() -> str:
@@ -104,16 +104,24 @@ def export(path: Path, folder: Path) -> None:
 
 def main(args: Args) -> None:
     settings = talas.settings_of(args.settings, args.distractors)
+    if args.episodes < 1:
+        raise envs.UserError(f"--episodes {args.episodes}: has to be at least 1")
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     for name in args.checkpoints:
         path = Path(name)
         checkpoint = talas.load_agent(path)[1]
         run = checkpoint["args"]
-        run.distractors = args.distractors or run.distractors
-        jobs = [(setting, episode) for setting in settings for episode in range(args.episodes)]
-        played = list(tqdm(talas.play_all(path, run, jobs), path.parent.name, len(jobs), unit="episode"))
         label = f"{run.env}__{run.exp_name}__{run.seed}__{checkpoint['step']}"
+        for row in read(output / "runs.csv"):
+            if row["run"] == label and row["command"] != command(run):
+                raise envs.UserError(f"{output}/runs.csv has another agent called {label}, {row['command']!r}: give runs an --exp-name of their own")
+        played_as = replace(run, distractors=args.distractors or os.environ.get("TALAS_DISTRACTORS") or run.distractors)
+        for setting in settings:  # better an error now than in the middle
+            env = envs.make_env(run.env, setting, **talas.env_options(played_as))
+            env.close()
+        jobs = [(setting, episode) for setting in settings for episode in range(args.episodes)]
+        played = list(tqdm(talas.play_all(path, played_as, jobs), path.parent.name, len(jobs), unit="episode"))
         rows, print_row = [], "{:<12}{:>9}{:>8}{:>18}{:>11}{:>10}{:>9}".format
         print(f"\n{label}\n" + print_row("setting", "return", "± std", "95% interval", "clipped", "mask IoU", "success"))
         for (setting, episode), (total, success, ious, *_) in zip(jobs, played, strict=True):

@@ -71,7 +71,8 @@ def kill(args: Args, folder: Path) -> dict[str, float]:
         patience, writing = chance.uniform(2, 20), False
         while process.poll() is None and time.time() - began < patience + (30 if result["kills"] % 3 == 0 else 0):
             # Every third time the moment is one at which a file of a checkpoint lies there half written.
-            writing = result["kills"] % 3 == 0 and time.time() - began > patience / 2 and bool(list(folder.glob("runs/*pieces*/resume/.*")))
+            half_written = folder.glob(f"runs/*pieces*/resume/.{process.pid}-*")
+            writing = result["kills"] % 3 == 0 and time.time() - began > patience / 2 and any(half_written)
             if writing:
                 break
             time.sleep(0.001)

@@ -38,8 +38,8 @@ def bars(results: Path) -> None:
         for run in (run for run in runs if run["env"] == task):
             returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
             if returns:
-                ours[METHODS[run["method"]], int(run["agent_steps"])].append(np.mean(returns))
-        for (method, steps), means in ours.items():
+                ours[METHODS[run["method"]], int(run["agent_steps"]), run["action_repeat"], run["segmenter"]].append(np.mean(returns))
+        for (method, steps, *_), means in ours.items():
             seeds = f", {len(means)} seeds" * (len(means) > 1)
             shown.append((f"ours: {method}, {steps / 1000:g}k{seeds}", float(np.mean(means)), "tab:orange"))
         names, values, colours = zip(*shown, strict=True)
@@ -62,7 +62,9 @@ def maps(path: Path) -> None:
     for ((run, setting, tightness), points), axes in zip(runs.items(), grid.flat, strict=True):
         x, y, state = zip(*points, strict=True)
         axes.scatter(x, y, c=state, cmap="tab10", s=8)
-        axes.set_title(f"{run}: within / between {float(tightness):.2f}\n(10 states, {len(points) // 10} backgrounds of {setting})", fontsize=8)
+        states = len(set(state))
+        shown = f"{states} states, {len(points) // states} backgrounds of {setting}"
+        axes.set_title(f"{run}: within / between {float(tightness):.2f}\n({shown})", fontsize=8)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.tight_layout()
@@ -74,7 +76,7 @@ def main(args: Args) -> None:
     results = Path(args.results)
     drawn = []
     for path in sorted(results.glob("*.csv")):
-        head = path.read_text().splitlines()[0]
+        head = path.read_text().partition("\n")[0]
         if head == "run,figure,step,value":
             draw(path)
         elif head.endswith("state,background,x,y"):

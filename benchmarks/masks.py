@@ -16,7 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import machine, replace_rows
-from envs import cpu_has_bf16, load_tensors
+from envs import UserError, cpu_has_bf16, load_tensors, resolve_env_id
 from talas_phase2 import Masker, predict
 
 
@@ -32,10 +32,22 @@ class Args:
     """the picture's settings: the project's own backgrounds, so that it can be shown anywhere"""
 
 
+def newest_run(env_id: str, phase: str, folder: Path) -> tuple[dict, dict]:
+    """The arguments and metrics of the last run of a phase that wrote into the folder, and not into another one that was asked for."""
+    for path in sorted(Path("runs").glob(f"{env_id}__{phase}__*/metrics.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        arguments, metrics = (json.loads((path.parent / name).read_text()) for name in ("args.json", "metrics.json"))
+        asked = arguments["output" if phase == "phase1" else "maskers"]
+        if asked is None or Path(asked).resolve() == folder.resolve():
+            return arguments, metrics
+    raise UserError(f"runs/ has no run of {env_id}'s {phase} that wrote {folder}")
+
+
 def main(args: Args) -> None:
     rows = []
-    for env_id in args.envs:
+    for env_id in map(resolve_env_id, args.envs):
         folder = Path(f"runs/maskers/{env_id}")
+        if missing := [name for name in ("student.pt", "frames.npz") if not (folder / name).is_file()]:
+            raise UserError(f"{folder}/{missing[0]}: not there; run talas_phase1.py and talas_phase2.py --env {env_id}")
         masker = Masker()
         masker.load_state_dict(load_tensors(folder / "student.pt")["state_dict"])
         with np.load(folder / "frames.npz", allow_pickle=False) as archive:
@@ -48,8 +60,7 @@ def main(args: Args) -> None:
         rows.append(np.concatenate(cells, axis=2))
         figures = []
         for phase in ("phase1", "phase2"):
-            runs = sorted(Path("runs").glob(f"{env_id}__{phase}__*/metrics.json"), key=lambda path: path.stat().st_mtime)
-            arguments, metrics = (json.loads((runs[-1].parent / name).read_text()) for name in ("args.json", "metrics.json"))
+            arguments, metrics = newest_run(env_id, phase, folder)
             common = {"steps": arguments["steps"], "seconds": f"{metrics['seconds']:.0f}"}
             common |= {"commit": args.commit, "machine": args.machine or machine()}
             for key in (key for key in metrics if key.startswith("iou")):
@@ -62,4 +73,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")

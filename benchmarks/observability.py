@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -31,7 +32,7 @@ from envs import make_env, set_up_torch
 class Args:
     steps: int = 4000  # agent steps of action repeat 8, an update each after the first 500
     seeds: tuple[int, ...] = (1, 2)  # a run of each variant for each
-    variants: tuple[str, ...] = ("full", "positions", "seen")  # what the agent is given
+    variants: tuple[Literal["full", "positions", "seen"], ...] = ("full", "positions", "seen")  # what the agent is given
     output: str = "results/observability.csv"  # training returns, and the share of each episode's pictures that hide the pole
 
 
@@ -94,6 +95,7 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
 
 def main(args: Args) -> None:
     print(f"{'variant':<12}{'seed':>5}{'pole hidden':>13}{'return, last 8 episodes':>25}")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with Path(args.output).open("w", newline="", buffering=1) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["variant", "seed", "step", "train_return", "pole_hidden"])

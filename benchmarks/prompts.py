@@ -75,6 +75,7 @@ def main(args: Args) -> None:
 
     chosen = np.linspace(0, len(seen["masks"]) - 1, 8).astype(int)
     frames, sheet = seen["clean"][chosen], [seen["clean"][chosen], seen["clean"][chosen] * seen["masks"][chosen, None]]
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{args.output}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["env", "segmenter", "prompt", "iou", "iou_1px", "found", "seconds_per_frame", "frames", "device"])

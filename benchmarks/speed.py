@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -26,14 +27,14 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import UserError, cpu_has_bf16, list_videos, load_photographs, make_env, read_video, set_up_torch
+from envs import UserError, cpu_has_bf16, list_videos, load_photographs, make_env, make_env_in_worker, read_video, set_up_torch
 
 
 @dataclass
 class Args:
     env: str = "walker_walk"  # the task
     batch_size: int = 128  # transitions per update
-    encoder: str = "sada"  # as talas_asymmetric_sac.py's
+    encoder: Literal["sada", "medium", "small"] = "sada"  # as talas_asymmetric_sac.py's
     repeats: int = 3  # rounds over everything that is compared
     loop_steps: int = 60  # agent steps of each loop, an update for every four
     stored: tuple[int, int] = (1_000, 100_000)  # steps in replay between which the update's time should not grow
@@ -112,7 +113,7 @@ def time_plain(args: Args, spaces: tuple[int, int, int]) -> dict[str, float]:
 
 def time_loop(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: int, overlap: bool, render: bool) -> float:
     """Seconds per agent step of a loop like the script's, with an update every fourth; without rendering, the update and the acting alone."""
-    envs = gym.vector.AsyncVectorEnv([partial(make_env, args.env, seed=i) for i in range(num_envs)], context="spawn")
+    envs = gym.vector.AsyncVectorEnv([partial(make_env_in_worker, args.env, seed=i) for i in range(num_envs)], context="spawn")
     obs, _ = envs.reset()
     device, every, warm_up = replay.frames.device, max(1, 4 // num_envs), 8 // num_envs
     seen, rounds = talas.observe(agent.masker, obs, device), args.loop_steps // num_envs
@@ -138,9 +139,10 @@ def time_loop(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: in
 
 def time_sam() -> float:
     """Seconds for one frame's image embedding and one box's mask by segment-anything's ViT-B with random weights, on the CPU."""
-    library = torch.library.Library("torchvision", "DEF")  # torchvision's compiled ops, which it declares on import, are missing beside a CPU torch
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    if "+cpu" in torch.__version__:  # torchvision's compiled ops, which it declares on import, are missing beside such a torch; twice would abort
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from segment_anything import SamPredictor, sam_model_registry
 
     predictor, frame = SamPredictor(sam_model_registry["vit_b"]()), np.random.default_rng(0).integers(0, 256, (84, 84, 3), dtype=np.uint8)
@@ -218,12 +220,12 @@ def main(args: Args) -> None:
         key = f"masker/stack of 3 frames, {n} thread{'s' * (n > 1)}"
         result[key] = time_in_turn({"": lambda: talas.mask_stack(lone, stack)}, torch.device("cpu"), args.repeats)[""]
     torch.set_num_threads(threads)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # at its peak, before segment-anything comes
     if args.sam:
         result["masker/segment-anything ViT-B, 1 frame"] = sam = time_sam()
         result["ratio/segment-anything over masker, per frame, all threads"] = sam / (result[key] / 3)
 
     # ---- replay: does the update's time grow with it, and what does it take
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     few = time_in_turn({"": lambda: agent.update(replay.sample(args.batch_size))}, device, args.repeats)[""]
     fill(replay, args.stored[1] - args.stored[0])
     many = time_in_turn({"": lambda: agent.update(replay.sample(args.batch_size))}, device, args.repeats)[""]
@@ -231,7 +233,7 @@ def main(args: Args) -> None:
     result |= {f"replay/update at {args.stored[0]:,} steps": few, f"replay/update at {args.stored[1]:,} steps": many}
     result |= {
         "replay/GB per 100,000 steps": arrays / max(args.stored) * 1e5 / 1e9,
-        "replay/GB of the process, with the emptier replay": resident / 1e9,
+        "replay/GB of the process at its peak, with the emptier replay": resident / 1e9,
     }
 
     base = updates[f"masked, {fast}, channels_last"]

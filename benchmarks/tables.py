@@ -58,7 +58,7 @@ def maskers(rows: list[dict[str, str]], brief: bool = False) -> str:
         return [f"{iou:.3f} ({iou_1px:.3f})" if iou is not None else "" for iou, iou_1px in pairs]  # without media there are no videos
 
     teachers, students, full = "phase1", "phase2", []
-    tasks = sorted({env for env, _ in about}, key=list(TASKS).index)
+    tasks = sorted({env for env, _ in about}, key=lambda env: (list(TASKS).index(env) if env in TASKS else len(TASKS), env))
     if brief:
         head = ["IoU (with one pixel of tolerance)", "teacher, clean", "student, clean", *MASK_SETTINGS[1:]]
         return table(head, [[f"`{env}`", shown(env, teachers)[0], *shown(env, students)] for env in tasks])
@@ -93,7 +93,7 @@ def firsts(page: list[dict[str, str]]) -> str:
 def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[dict[str, str]]) -> str:
     """A row per agent: mean return, its 95% interval over episodes, their number; the drops; the page's TaLaS and its best."""
     rows = []
-    for run in sorted(runs, key=lambda run: (run["env"], -int(run["agent_steps"]), list(METHODS).index(run["method"]), run["seed"])):
+    for run in sorted(runs, key=lambda run: (run["env"], -int(run["agent_steps"]), list(METHODS).index(run["method"]), int(run["seed"]))):
         cells, means = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"{int(run['agent_steps']):,} × {run['action_repeat']}"], {}
         for setting in SHOWN:
             returns = np.array([float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)])
@@ -142,22 +142,24 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
 
     rliable would be the library for it; its dependency arch 7.2.0 cannot be imported beside the pandas that it is installed with.
     """
-    scores = defaultdict(lambda: defaultdict(dict))  # by method and budget, by task, by seed
+    scores = defaultdict(lambda: defaultdict(dict))  # by method, segmenter and budget; by task; by seed
     for run in runs:
         returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
         if returns and task_row(run["env"]).loader == "suite":
-            scores[run["method"], int(run["agent_steps"])][run["env"]][run["seed"]] = np.mean(returns)
-    enough = {key: tasks for key, tasks in scores.items() if len(tasks) > 1 and min(map(len, tasks.values())) > 2}
+            frames = int(run["agent_steps"]) * int(run["action_repeat"])
+            scores[run["method"], run["segmenter"], frames][run["env"]][run["seed"]] = np.mean(returns)
+    scores = {key: {task: means for task, means in tasks.items() if len(means) > 2} for key, tasks in scores.items()}
+    enough = {key: tasks for key, tasks in scores.items() if len(tasks) > 1}
     if not enough:
         return "No aggregates yet: they take three seeds on two tasks."
     rows, rng = [], np.random.default_rng(0)
-    for (method, steps), tasks in enough.items():
+    for (method, segmenter, frames), tasks in enough.items():
         resampled = [np.concatenate([rng.choice([*means.values()], len(means)) for means in tasks.values()]) for _ in range(5000)]  # within tasks
         low, high = np.percentile([stats.trim_mean(sample, 0.25) for sample in resampled], (2.5, 97.5))
         centre = stats.trim_mean([mean for means in tasks.values() for mean in means.values()], 0.25)
         seeds = ", ".join(f"{task} {len(means)}" for task, means in tasks.items())
-        rows.append([METHODS[method], f"{steps:,}", seeds, f"{centre:.0f}", f"{low:.0f} to {high:.0f}"])
-    return table(["method", "agent steps", "seeds by task", "video_hard, interquartile mean", "95% interval"], rows)
+        rows.append([METHODS[method], segmenter, f"{frames:,}", seeds, f"{centre:.0f}", f"{low:.0f} to {high:.0f}"])
+    return table(["method", "masks", "simulator frames", "seeds by task", "video_hard, interquartile mean", "95% interval"], rows)
 
 
 def main(args: Args) -> None:
@@ -166,8 +168,8 @@ def main(args: Args) -> None:
     page, runs, episodes, mask_rows = (read(results / name) for name in names)
     returns = f"""### Ours
 
-Undiscounted returns of the mean policy: mean (95% bootstrap interval over episodes; their number). **The maskers of these agents learned from the
-simulator's own masks, which the page's did not**; budgets are far below a benchmark run's 500,000 agent steps; `video_easy` has 6 of its 10 videos.
+Undiscounted returns of the mean policy: mean (95% bootstrap interval over episodes; their number). **Where `sim` stands below as the masks' source,
+they are the simulator's own, which the page's are not**; a benchmark run has 500,000 agent steps; `video_easy` has 6 of its 10 videos.
 One row is one training run: intervals say nothing about other seeds. Cells that have not been run are empty.
 
 {ours(runs, episodes, page)}

@@ -1,16 +1,17 @@
 """Train tasks × variants × seeds side by side on one machine, within limits of processes and memory, and collect their figures in one table.
 
-    python benchmarks/train_all.py --envs walker_walk walker_stand --seeds 1 2 --variants talas sada --jobs 4 --flags "--total-timesteps 100000"
+    python benchmarks/train_all.py --envs walker_walk walker_stand --seeds 1 2 --variants talas sada --jobs 4 --flags="--total-timesteps 100000"
 
-Each masker is made first, once. Start the same command after an interruption: what has finished is not run again, and what was interrupted goes on
-from its last checkpoint. A run that fails is reported, and the others go on. Logs, one a run, go to runs/train_all/; the table, from every run's
-metrics.json, to <output>.
+Each masker is made first, once; if that fails, nothing is trained. Start the same command after an interruption: what has finished is not run again,
+and what was interrupted goes on from its last checkpoint. A run that fails is reported, and the others go on. Logs, one a run, go to runs/train_all/;
+the table, from every run's metrics.json, to <output>.
 """
 
 import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import UserError, resolve_env_id
+from envs import UserError, end_with_parent, resolve_env_id
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = {  # the README's ablations
@@ -44,10 +45,10 @@ class Args:
     """tasks"""
     seeds: tuple[int, ...] = (1,)  # a run for each task and variant
     variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, teacher, figure2, sada, svea, sac: README's ablations
-    flags: str = ""  # what every run is given besides, as one string; --total-timesteps, --replay-size, ...
+    flags: str = ""  # what every run is given besides, as one string with an equals sign: --flags="--total-timesteps 100000 --encoder small"
     jobs: int = 2  # runs at a time; each computes with an equal share of the cores, but for its evaluations
     memory: float = 20.0  # GB that all runs may take together
-    memory_per_run: float = 4.0  # GB that one is expected to take: its replay, see its first line, 1.5, and 0.5 a core while it evaluates
+    memory_per_run: float | None = None  # GB that one is expected to take; by default its replay, 1.5, and 0.5 a core while it evaluates
     output: str = "results/train_all.csv"  # the table
 
 
@@ -59,8 +60,8 @@ def finished(run: talas.Args) -> Path | None:
 
 def main(args: Args) -> None:
     unknown = set(args.variants) - VARIANTS.keys()
-    if unknown or args.jobs < 1 or args.memory < args.memory_per_run:
-        raise UserError(f"unknown --variants {', '.join(unknown)}" if unknown else "--jobs: at least 1; --memory: at least --memory-per-run")
+    if unknown or args.jobs < 1:
+        raise UserError(f"unknown --variants {', '.join(unknown)}" if unknown else f"--jobs {args.jobs}: has to be at least 1")
     args.envs = tuple(resolve_env_id(env_id) for env_id in args.envs)
     logs = Path("runs/train_all")
     logs.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,11 @@ def main(args: Args) -> None:
             waiting.append((name, flags))
         rows.append((env_id, variant, seed, run))
 
-    at_once = min(args.jobs, int(args.memory / args.memory_per_run))
+    replay = max(min(run.replay_size, run.total_timesteps) for *_, run in rows) * 28.3e-6  # GB: a frame and its mask
+    each = args.memory_per_run or replay + 1.5 + 0.5 * min(os.cpu_count(), 16)
+    if args.memory < each:
+        raise UserError(f"--memory {args.memory:g}: one run is expected to take {each:.1f} GB; give more, or its --flags a smaller --replay-size")
+    at_once = min(args.jobs, int(args.memory / each))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once))}
     running: dict[str, subprocess.Popen] = {}
     bar = tqdm(total=len(waiting), unit="run")
@@ -88,7 +93,7 @@ def main(args: Args) -> None:
                 name, flags = waiting.pop(0)
                 command = [sys.executable, str(ROOT / "talas_asymmetric_sac.py"), *flags]
                 with (logs / f"{name}.log").open("w") as log:
-                    running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                    running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent)
             time.sleep(1)
             for name, process in list(running.items()):
                 if process.poll() is not None:
@@ -100,6 +105,8 @@ def main(args: Args) -> None:
     finally:
         for process in running.values():
             process.terminate()
+        for process in running.values():
+            process.wait()  # a checkpoint is finished, workers are ended
         bar.close()
 
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +122,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main(tyro.cli(Args, description=__doc__))
     except UserError as error:

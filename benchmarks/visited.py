@@ -4,6 +4,7 @@ python benchmarks/visited.py --checkpoint runs/.../checkpoint.pt --output result
 """
 
 import csv
+import os
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Args:
     """of a run with a masker"""
     settings: tuple[Setting, ...] = ("train", "video_hard")  # each with both masks
     drawn: tuple[Setting, ...] = ("train", "procedural")  # the picture's: the project's own backgrounds, so that it can be shown anywhere
+    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS
     episodes: int = 10  # of each, with the policy's mean action; the same as the run's own evaluation
     output: str = "results/visited"
     """writes <output>.csv and <output>.png"""
@@ -38,7 +40,7 @@ def roll(agent: Agent, args, prompt: str, setting: Setting, episode: int, simula
     total, ious, pictures, done = 0.0, [], [], False
     while not done:
         pixels, mask, proprio = observe(agent.masker, obs, torch.device("cpu"))
-        frame, true, kept = obs["pixels"][-3:], env.segment(prompt), mask[0, -1].numpy() > 127
+        frame, true, kept = obs["pixels"][-3:], env.segment(env.nameable(prompt)), mask[0, -1].numpy() > 127
         true_masks.extend([torch.from_numpy(true).byte() * 255] * (1 if true_masks else true_masks.maxlen))
         ious.append(mask_iou(kept[None], true[None])[0])
         pictures.append(np.concatenate([frame, frame * kept, frame * true], 1))
@@ -46,7 +48,7 @@ def roll(agent: Agent, args, prompt: str, setting: Setting, episode: int, simula
         obs, reward, terminated, truncated, _ = env.step(action)
         total, done = total + reward, terminated or truncated
     env.close()
-    return total, float(np.mean(ious)), [pictures[int(i)] for i in np.linspace(5, len(pictures) - 1, 10)]
+    return total, float(np.mean(ious)), [pictures[int(i)] for i in np.linspace(min(5, len(pictures) - 1), len(pictures) - 1, 10)]
 
 
 def main(args: Args) -> None:
@@ -54,16 +56,20 @@ def main(args: Args) -> None:
     run, prompt = checkpoint["args"], checkpoint["prompt"]
     if run.masker == "none":
         raise UserError(f"--checkpoint {args.checkpoint}: an agent without a masker")
-    with Path(f"{args.output}.csv").open("w", newline="", buffering=1) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["setting", "masks", "episode", "return", "iou"])
-        print(f"{'setting':<12}{'masks':<11}{'return':>8}{'± std':>7}{'student IoU':>13}")
-        for setting in args.settings:
-            for masks in ("student", "simulator"):
-                rows = [roll(agent, run, prompt, setting, episode, masks == "simulator")[:2] for episode in range(args.episodes)]
-                writer.writerows([setting, masks, i, f"{total:.2f}", f"{iou:.4f}"] for i, (total, iou) in enumerate(rows))
-                totals, ious = np.array(rows).T
-                print(f"{setting:<12}{masks:<11}{totals.mean():>8.1f}{totals.std():>7.1f}{ious.mean():>13.3f}", flush=True)
+    run.distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS") or run.distractors
+    for setting in dict.fromkeys((*args.settings, *args.drawn)):  # better an error now than in the middle
+        make_env(run.env, setting, distractors=run.distractors).close()
+    table = []
+    print(f"{'setting':<12}{'masks':<11}{'return':>8}{'± std':>7}{'student IoU':>13}")
+    for setting in args.settings:
+        for masks in ("student", "simulator"):
+            rows = [roll(agent, run, prompt, setting, episode, masks == "simulator")[:2] for episode in range(args.episodes)]
+            table += [[setting, masks, i, f"{total:.2f}", f"{iou:.4f}"] for i, (total, iou) in enumerate(rows)]
+            totals, ious = np.array(rows).T
+            print(f"{setting:<12}{masks:<11}{totals.mean():>8.1f}{totals.std():>7.1f}{ious.mean():>13.3f}", flush=True)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{args.output}.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["setting", "masks", "episode", "return", "iou"], *table])
     sheet = np.concatenate([np.concatenate(roll(agent, run, prompt, setting, 0, False)[2], 2) for setting in args.drawn], 1)
     cv2.imwrite(f"{args.output}.png", cv2.resize(sheet.transpose(1, 2, 0)[..., ::-1], None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
     print(f"written: {args.output}.csv, {args.output}.png")

@@ -2,8 +2,12 @@
 
 import csv
 import itertools
+import json
+import os
 import re
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -12,8 +16,9 @@ import pytest
 import torch
 import tyro
 
+import envs
 import talas_asymmetric_sac as rl
-from benchmarks import curves, evaluate, figures, tables, train_all
+from benchmarks import curves, evaluate, figures, masks, tables, train_all
 from benchmarks.embeddings import tightness
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -28,10 +33,10 @@ def test_methods_have_the_names_of_their_flags():
 
 
 def test_command_is_what_was_typed():
-    typed = ["--env", "hammer", "--seed", "3", "--eval-settings", "train", "procedural", "--no-overlap"]
+    typed = ["--env", "hammer", "--seed", "3", "--distractors", "my videos", "--eval-settings", "train", "procedural", "--no-overlap"]
     said = evaluate.command(tyro.cli(rl.Args, args=[*typed, "--resume", "auto"]))
-    assert said == "python talas_asymmetric_sac.py --env hammer --seed 3 --eval-settings train procedural --no-overlap"
-    assert tyro.cli(rl.Args, args=said.split()[2:]) == tyro.cli(rl.Args, args=typed)
+    assert said == "python talas_asymmetric_sac.py --env hammer --seed 3 --distractors 'my videos' --eval-settings train procedural --no-overlap"
+    assert tyro.cli(rl.Args, args=shlex.split(said)[2:]) == tyro.cli(rl.Args, args=typed)
 
 
 def test_interval():
@@ -62,10 +67,14 @@ def test_interquartile_mean():
     """Of three seeds on two tasks, the middle half: of 0, 100, ..., 500 the mean of 100 to 400. Two seeds are too few."""
     runs, episodes = [], []
     for i, (task, seed) in enumerate((task, seed) for task in ("walker_walk", "cheetah_run") for seed in "123"):
-        runs.append({"run": f"{task}{seed}", "env": task, "method": "talas", "seed": seed, "agent_steps": "1000"})
+        about = {"env": task, "method": "talas", "segmenter": "sim", "seed": seed, "agent_steps": "1000", "action_repeat": "4"}
+        runs.append({"run": f"{task}{seed}", **about})
         episodes += [{"run": f"{task}{seed}", "setting": "video_hard", "return": str(100 * i + j)} for j in (-1, 1)]
     aggregated = tables.aggregates(runs, episodes)
-    assert "| TaLaS | 1,000 | walker_walk 3, cheetah_run 3 | 250 |" in aggregated
+    assert "| TaLaS | sim | 4,000 | walker_walk 3, cheetah_run 3 | 250 |" in aggregated
+    lone = {"run": "finger", "env": "finger_spin", "method": "talas", "segmenter": "sim", "seed": "1", "agent_steps": "1000", "action_repeat": "4"}
+    finger = {"run": "finger", "setting": "video_hard", "return": "900"}  # one seed of a third task is left out, and takes nothing else along
+    assert tables.aggregates([*runs, lone], [*episodes, finger]) == aggregated
     # All 729 ways to redraw three seeds within each of two tasks, where the table draws 5,000 of them.
     draws = [list(itertools.product(means, repeat=3)) for means in ((0, 100, 200), (300, 400, 500))]
     every = sorted(np.mean(sorted((*a, *b))[1:5]) for a in draws[0] for b in draws[1])
@@ -129,6 +138,7 @@ def test_evaluation_fills_the_tables(tmp_path):
     args = rl.Args(env="cartpole_swingup", action_repeat=50, hidden_dim=16, encoder="small", precision="fp32", seed=3, augmentation="mix")
     torch.manual_seed(1)
     rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 0, 1, rl.Masker(), None), 40, "the pole")
+    shutil.copy(tmp_path / "checkpoint.pt", tmp_path / "whole.pt")
     (tmp_path / "metrics.json").write_text('{"train/seconds": 12.5}')
     given = {"checkpoints": (str(tmp_path / "checkpoint.pt"),), "episodes": 2, "settings": ("train",), "commit": "abc1234"}
     evaluate.main(evaluate.Args(**given, output=str(tmp_path / "out"), export=str(tmp_path / "agents")))
@@ -139,12 +149,15 @@ def test_evaluation_fills_the_tables(tmp_path):
     rows = tables.read(tmp_path / "out/evaluations.csv")
     assert [(row["run"], row["setting"], row["episode"]) for row in rows] == [(run["run"], "train", "0"), (run["run"], "train", "1")]
     assert all(0 < float(row["iou_1px"]) < 1 for row in rows) and rows[0]["return"] != rows[1]["return"]
+    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(replace(args, gamma=0.9), 9, 0, 1, rl.Masker(), None), 40, "the pole")
+    with pytest.raises(envs.UserError, match="has another agent called cartpole_swingup__talas__3__40"):  # not put in the first one's place
+        evaluate.main(evaluate.Args(**given, output=str(tmp_path / "out")))
     exported = tmp_path / "agents/cartpole_swingup__talas__3.pt"
     look = {"pixels": np.random.default_rng(0).integers(0, 256, (8, 9, 84, 84), np.uint8), "proprio": np.zeros((8, 0), np.float32)}
-    whole, half = (rl.load_agent(path)[0] for path in (tmp_path / "checkpoint.pt", exported))  # on one look: over an episode, half bits add up
+    whole, half = (rl.load_agent(path)[0] for path in (tmp_path / "whole.pt", exported))  # on one look: over an episode, half bits add up
     actions = [agent.act(*rl.observe(agent.masker, look, torch.device("cpu")), mean=True) for agent in (whole, half)]
     assert actions[1] == pytest.approx(actions[0], abs=0.01) and np.ptp(actions[0]) > 0.02
-    assert exported.stat().st_size < 0.6 * (tmp_path / "checkpoint.pt").stat().st_size
+    assert exported.stat().st_size < 0.6 * (tmp_path / "whole.pt").stat().st_size
 
 
 def test_committed_agents_can_be_played():
@@ -165,3 +178,33 @@ def test_curves(tmp_path):
     rows = list(csv.DictReader((tmp_path / "curve.csv").read_text().splitlines()))
     assert [row["value"] for row in rows if row["figure"] == "train_return"] == [str(i) for i in range(1, 9)]
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_curves_of_a_run_that_has_hardly_begun(tmp_path):
+    """No training episode is over yet, or fewer than are averaged over; a folder that is none is a line, and costs no table that is there."""
+    for episodes in (0, 3):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run/returns.csv").write_text("step,return\n" + "".join(f"{10 * i},{i}\n" for i in range(episodes)))
+        (tmp_path / "run/evaluations.csv").write_text("step,figure,value\n40,eval/train/return_mean,3.5\n")
+        curves.main(curves.Args(runs=(str(tmp_path / "run"),), labels=("ours",), output=str(tmp_path / "curve")))
+    before = (tmp_path / "curve.csv").read_text()
+    for runs, labels, said in ((("run", "nowhere"), ("a", "b"), "nowhere/returns.csv: no such file"), (("run",), ("a", "b"), "give one for each")):
+        with pytest.raises(SystemExit, match=said):
+            curves.main(curves.Args(runs=tuple(str(tmp_path / run) for run in runs), labels=labels, output=str(tmp_path / "curve")))
+    assert (tmp_path / "curve.csv").read_text() == before
+
+
+def test_maskers_figures_are_of_the_run_that_made_them(tmp_path, monkeypatch):
+    """A later run of the phase that was told to write elsewhere is not taken for it."""
+    monkeypatch.chdir(tmp_path)
+    for i, (name, maskers) in enumerate((("1", None), ("2", "runs/maskers/walker_walk"), ("3", "elsewhere"))):
+        run = Path(f"runs/walker_walk__phase2__{name}")
+        run.mkdir(parents=True)
+        (run / "args.json").write_text(json.dumps({"maskers": maskers, "steps": i}))
+        (run / "metrics.json").write_text("{}")
+        os.utime(run / "metrics.json", (i, i))
+    assert masks.newest_run("walker_walk", "phase2", Path("runs/maskers/walker_walk"))[0]["steps"] == 1
+    with pytest.raises(envs.UserError, match="no run of walker_walk's phase1"):
+        masks.newest_run("walker_walk", "phase1", Path("runs/maskers/walker_walk"))
+    with pytest.raises(envs.UserError, match=r"student.pt: not there"):
+        masks.main(masks.Args(envs=("walker_walk",)))
