@@ -42,7 +42,8 @@ LENGTHS = {"cartpole_swingup": 20, "hammer": 10, "unitree_walk": 10}  # agent st
 
 
 def start(script: str, *args: str, cwd: Path, **env: str | None) -> subprocess.Popen:
-    variables = {key: value for key, value in (os.environ | {"MUJOCO_GL": None} | env).items() if value is not None}  # the scripts choose it
+    # The scripts choose the GL backend. One thread each: several run side by side here, and threads that wait for one another would starve.
+    variables = {key: value for key, value in (os.environ | {"MUJOCO_GL": None, "OMP_NUM_THREADS": "1"} | env).items() if value is not None}
     command = [sys.executable, str(ROOT / f"{script}.py"), *args]
     return subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
