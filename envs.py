@@ -182,7 +182,7 @@ TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt
     "cartpole_swingup":  Task("suite", 8, 125, 0, "the cart and the pole", 5000, _CARTPOLE, student_steps=14_000),
     "walker_walk":       Task("suite", 4, 250, 0, "the walker", 5000, _WALKER),
     "walker_stand":      Task("suite", 4, 250, 0, "the walker", 5000, _WALKER),
-    "ball_in_cup_catch": Task("suite", 4, 250, 0, "the cup, the ball and the string", 2500, _CUP),
+    "ball_in_cup_catch": Task("suite", 4, 250, 0, "the cup, the ball and the string", 10_000, _CUP, student_steps=10_000),
     "finger_spin":       Task("suite", 2, 500, 0, "the finger and the spinner", 5000, _FINGER),
     "cheetah_run":       Task("suite", 4, 250, 0, "the cheetah", 5000, _CHEETAH),
     "unitree_walk":      Task("unitree", 2, 500, "mounted", "the robot", 800, _A1, student_steps=3000),

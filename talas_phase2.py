@@ -40,7 +40,9 @@ class Args:
     """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, on a photograph; mix: both, see envs.augment"""
     steps: int | None = None  # gradient steps; by default 5,000, on the A1 3,000, on cartpole 14,000
     batch_size: int = 32  # frames per gradient step; 64 leave a CPU's cache and take more than twice as long
-    learning_rate: float = 1e-2  # Adam's peak learning rate; it warms up and decays to zero (one cycle)
+    learning_rate: float | None = None
+    """Adam's peak learning rate; it warms up and decays to zero (one cycle); by default 1e-2, of more than 5,000 steps 4e-3, because so long near
+    1e-2 may kill a whole layer's ReLUs"""
     shift: int = 4  # random shift of every other frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)
     overlay: str | None = None  # folder of photographs for τ (Places365 in the paper); or set TALAS_OVERLAY; synthetic images without one
     overlay_images: int = 5000  # how many photographs to sample from the folder
@@ -143,6 +145,8 @@ def main(args: Args) -> None:
     args.env = envs.resolve_env_id(args.env)
     envs.check_numbers(args, shift=0, overlay_images=10)
     args.steps = args.steps or envs.task_row(args.env).student_steps
+    if args.learning_rate is None:
+        args.learning_rate = 1e-2 if args.steps <= 5000 else 4e-3
     device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
 
     folder = Path(args.maskers or f"runs/maskers/{args.env}")
@@ -199,6 +203,8 @@ def main(args: Args) -> None:
     figures = {f"teacher_{key}": value for key, value in report(teacher, tests, device, bf16, run / "teacher_masks.png").items()}
     print("\nthe student", end="")
     figures |= report(student, tests, device, bf16, run / "masks.png")
+    if figures["iou/clean"] < 0.95 * figures["teacher_iou/clean"]:
+        print("warning: clean frames too are worse than its teacher's, so its training went wrong: try a lower --learning-rate, or another --seed")
     for key, value in figures.items():
         writer.add_scalar(key, value, args.steps)
     writer.close()

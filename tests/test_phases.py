@@ -45,7 +45,7 @@ def iou(path: Path, frames: np.ndarray, masks: np.ndarray) -> float:
         return float(envs.mask_iou((masker(torch.from_numpy(frames)) > 0).numpy(), masks).mean())
 
 
-def test_both_phases_learn(tmp_path, monkeypatch):
+def test_both_phases_learn(tmp_path, monkeypatch, capsys):
     """From spread states and random policies, on other photographs than they are tested with: the teacher finds the walker in clean frames, the
     student before photographs as well, from the teacher's weights and masks alone."""
     monkeypatch.chdir(tmp_path)
@@ -73,10 +73,13 @@ def test_both_phases_learn(tmp_path, monkeypatch):
     phase2.main(phase2.Args(env="walker_walk", steps=10, learning_rate=0.0, overlay_images=50))
     weights = [envs.load_tensors(folder / f"{kind}.pt")["state_dict"] for kind in ("teacher", "student")]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert "warning" not in capsys.readouterr().out
+    phase2.main(phase2.Args(env="walker_walk", steps=10, learning_rate=0.5, overlay_images=50))
+    assert "warning: clean frames too are worse than its teacher's" in capsys.readouterr().out
     with pytest.raises(envs.UserError, match=r"step \d+: the loss is (nan|inf); give a lower --learning-rate"):
         phase2.main(phase2.Args(env="walker_walk", steps=4, batch_size=4, learning_rate=1e9, overlay_images=50))
     phase2.main(phase2.Args(env="walker_walk", steps=150, batch_size=16, overlay_images=50))
-    assert asked[3:] == ["train"] * 3 and (folder / "teacher.pt").read_bytes() == teacher
+    assert asked[3:] == ["train"] * 4 and (folder / "teacher.pt").read_bytes() == teacher
     for setting, gain in (("overlay", 0.25), ("procedural", 0.3)):
         before, after = (iou(folder / f"{kind}.pt", frames[f"test_{setting}"], masks) for kind in ("teacher", "student"))
         assert after > before + gain, setting
