@@ -100,14 +100,12 @@ class Args:
     eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10, or half as many as a short run has
     eval_settings: tuple[Setting, ...] | None = None  # by default train, video_easy, video_hard; without --distractors train, procedural
     resume: str | None = None
-    """the folder of an interrupted run, to go on from its last checkpoint, with its own arguments; auto: the run that this same command began, if
-    there is one"""
+    """folder of an interrupted run, to go on from its last checkpoint, with its own arguments; auto: the run that this same command began, if any"""
     checkpoint_every: int = 2500  # agent steps between checkpoints, each at the next end of an episode; replay, all of it, lies on the disk as well
     exp_name: str = "talas"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs with bf16 instructions, where it is several times faster. Episodes of an
-    evaluation, which are played on the CPU, are fp32 where it has none"""
+    """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs that have it, several times faster; without it, a CPU evaluates in fp32"""
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True
     """simulate and render the next frame while the update runs, on a replay that lacks it; --no-overlap: one after the other, the textbook's order"""

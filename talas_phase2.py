@@ -41,8 +41,7 @@ class Args:
     steps: int | None = None  # gradient steps; by default 5,000, on the A1 3,000, on cartpole 14,000
     batch_size: int = 32  # frames per gradient step; 64 leave a CPU's cache and take more than twice as long
     learning_rate: float | None = None
-    """Adam's peak learning rate; it warms up and decays to zero (one cycle); by default 1e-2, of more than 5,000 steps 4e-3, because so long near
-    1e-2 may kill a whole layer's ReLUs"""
+    """Adam's peak rate (one cycle); by default 1e-2, of more than 5,000 steps 4e-3: so long near 1e-2 may kill all ReLUs of a layer"""
     shift: int = 4  # random shift of every other frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)
     overlay: str | None = None  # folder of photographs for τ (Places365 in the paper); or set TALAS_OVERLAY; synthetic images without one
     overlay_images: int = 5000  # how many photographs to sample from the folder
