@@ -142,8 +142,10 @@ def end_with_parent() -> None:
 
 def start_worker() -> None:
     """What a worker process begins with: one thread, as others keep the cores busy, and no ear for Ctrl-C, which is for its parent."""
+    if not (parent := multiprocessing.parent_process()):
+        return  # the main process, where Gymnasium makes an environment as well, to ask it for its spaces
     end_with_parent()
-    if (parent := multiprocessing.parent_process()) and not parent.is_alive():
+    if not parent.is_alive():
         os._exit(1)  # it was killed in the seconds that it took to come here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -163,10 +165,10 @@ class Task:
     steps: int  # agent steps per episode
     camera: int | str
     prompt: str  # the default prompt of Phase I
-    mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow
+    mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow, more of the thin string
     vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model, see TalasEnv._lookup
     hold: int = 0  # an episode counts as a success when its goal holds for more than so many control steps (Adroit)
-    student_steps: int = 5000  # gradient steps of Phase II by default: the A1, large in its picture, needs fewer, a thin pole more
+    student_steps: int = 5000  # gradient steps of Phase II by default: the A1, large in its picture, needs fewer, a thin pole or string more
 
 
 _CARTPOLE = {"cart": "cart", "pole": "pole_*", "rail": "rail*", "floor": "floor"}
@@ -722,8 +724,7 @@ make_env = TalasEnv
 
 
 def make_env_in_worker(*args: Any, **kwargs: Any) -> TalasEnv:
-    if multiprocessing.parent_process():  # Gymnasium makes one in the main process as well, to ask it for its spaces
-        start_worker()
+    start_worker()
     return make_env(*args, **kwargs)
 
 

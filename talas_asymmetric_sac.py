@@ -863,8 +863,8 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
 
     args, run = parse(Args()), None
     if args.evaluate:
-        own, free = load_agent(Path(args.evaluate))[1]["args"], ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision", "seed")
-        own = replace(own, device="cpu", cudagraphs=False)  # episodes are played on the CPU, wherever the agent was trained
+        own = replace(load_agent_once(Path(args.evaluate))[1]["args"], device="cpu", cudagraphs=False)  # played on the CPU, wherever it was trained
+        free = ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision", "seed")
     elif args.resume and (run := find_run(args)):
         free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "distractors", "overlay", "masker_path")
         try:
@@ -923,7 +923,7 @@ def main(args: Args, run: Path | None = None) -> None:
                     return train(args, run, settings, env, device, cleanup)
                 open_run(run, args, cleanup)
                 figures = evaluate(Path(args.evaluate), args, settings, args.eval_episodes or 10, run)
-                figures |= {"train/steps": load_agent(Path(args.evaluate))[1]["step"]}
+                figures |= {"train/steps": load_agent_once(Path(args.evaluate))[1]["step"]}
                 envs.write_whole(run / "metrics.json", partial(Path.write_text, data=json.dumps(figures, indent=2)))
                 return print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
         except UserError:

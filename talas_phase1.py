@@ -52,7 +52,7 @@ class Args:
     segmenter: Literal["sim", "sam", "masks"] = "sim"
     """sim: the simulator's masks, by look-up (privileged); sam: a detector and Segment Anything; masks: another tool's (--masks, --export-frames)"""
     seed: int = 1  # seeds the frames, the network and the batches
-    frames: int | None = None  # clean frames to train on; by default 5,000, fewer on tasks that render slowly
+    frames: int | None = None  # clean frames to train on; by default 5,000, fewer on tasks that render slowly, of the cup 10,000
     test_frames: int = 500  # frames that training never sees, for the IoU figures
     steps: int = 2000  # gradient steps
     batch_size: int = 32  # frames per gradient step; 64 leave a CPU's cache and take more than twice as long

@@ -66,6 +66,14 @@ def command(args: talas.Args) -> str:
     return shlex.join(["python", "talas_asymmetric_sac.py", *given])
 
 
+def with_media(run: talas.Args, distractors: str | None, settings: tuple[envs.Setting, ...]) -> talas.Args:
+    """A run's arguments with the media that are at hand. Raises UserError now for a setting that cannot be shown, not in the middle."""
+    run = replace(run, distractors=distractors or os.environ.get("TALAS_DISTRACTORS") or run.distractors)
+    for setting in dict.fromkeys(settings):
+        envs.make_env(run.env, setting, **talas.env_options(run)).close()
+    return run
+
+
 def machine() -> str:
     """This one, as the tables name it."""
     return f"{processor()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
@@ -116,10 +124,7 @@ def main(args: Args) -> None:
         for row in read(output / "runs.csv"):
             if row["run"] == label and row["command"] != command(run):
                 raise envs.UserError(f"{output}/runs.csv has another agent called {label}, {row['command']!r}: give runs an --exp-name of their own")
-        played_as = replace(run, distractors=args.distractors or os.environ.get("TALAS_DISTRACTORS") or run.distractors)
-        for setting in settings:  # better an error now than in the middle
-            env = envs.make_env(run.env, setting, **talas.env_options(played_as))
-            env.close()
+        played_as = with_media(run, args.distractors, settings)
         jobs = [(setting, episode) for setting in settings for episode in range(args.episodes)]
         played = list(tqdm(talas.play_all(path, played_as, jobs), path.parent.name, len(jobs), unit="episode"))
         rows, print_row = [], "{:<12}{:>9}{:>8}{:>18}{:>11}{:>10}{:>9}".format

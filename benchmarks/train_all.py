@@ -69,7 +69,13 @@ def main(args: Args) -> None:
     for env_id, variant, seed in ((e, v, s) for s in args.seeds for e in args.envs for v in args.variants):
         own = [f"--env={env_id}", f"--seed={seed}", f"--exp-name={variant}", "--resume=auto"]
         flags = own + shlex.split(VARIANTS[variant]) + shlex.split(args.flags)
-        run = tyro.cli(talas.Args, args=flags)
+        rows.append((env_id, variant, seed, flags, tyro.cli(talas.Args, args=flags)))
+    replay = max(min(run.replay_size, run.total_timesteps) for *_, run in rows) * 28.3e-6  # GB: a frame and its mask
+    each = args.memory_per_run or replay + 1.5 + 0.5 * min(os.cpu_count(), 16)
+    if args.memory < each:
+        raise UserError(f"--memory {args.memory:g}: one run is expected to take {each:.1f} GB; give more, or its --flags a smaller --replay-size")
+
+    for env_id, variant, seed, flags, run in rows:
         for masker in {run.masker, run.clean_masker or run.masker} - {"none"}:
             talas.find_masker(run, masker, torch.device("cpu"))  # one after the other, with all cores; here only to have them
         name = f"{env_id}__{variant}__{seed}"
@@ -77,12 +83,7 @@ def main(args: Args) -> None:
             print(f"{name}: finished before")
         else:
             waiting.append((name, flags))
-        rows.append((env_id, variant, seed, run))
 
-    replay = max(min(run.replay_size, run.total_timesteps) for *_, run in rows) * 28.3e-6  # GB: a frame and its mask
-    each = args.memory_per_run or replay + 1.5 + 0.5 * min(os.cpu_count(), 16)
-    if args.memory < each:
-        raise UserError(f"--memory {args.memory:g}: one run is expected to take {each:.1f} GB; give more, or its --flags a smaller --replay-size")
     at_once = min(args.jobs, int(args.memory / each))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once))}
     running: dict[str, subprocess.Popen] = {}
@@ -113,7 +114,7 @@ def main(args: Args) -> None:
     with Path(args.output).open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["env", "variant", "seed", "figure", "value"])
-        for env_id, variant, seed, run in rows:
+        for env_id, variant, seed, _, run in rows:
             if metrics := finished(run):
                 writer.writerows([env_id, variant, seed, key, f"{value:.5g}"] for key, value in json.loads(metrics.read_text()).items())
     print(f"written: {args.output}")

@@ -4,7 +4,6 @@ python benchmarks/visited.py --checkpoint runs/.../checkpoint.pt --output result
 """
 
 import csv
-import os
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.evaluate import with_media
 from envs import Setting, UserError, make_env, mask_iou
 from talas_asymmetric_sac import Agent, load_agent, observe
 
@@ -56,9 +56,7 @@ def main(args: Args) -> None:
     run, prompt = checkpoint["args"], checkpoint["prompt"]
     if run.masker == "none":
         raise UserError(f"--checkpoint {args.checkpoint}: an agent without a masker")
-    run.distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS") or run.distractors
-    for setting in dict.fromkeys((*args.settings, *args.drawn)):  # better an error now than in the middle
-        make_env(run.env, setting, distractors=run.distractors).close()
+    run = with_media(run, args.distractors, (*args.settings, *args.drawn))
     table = []
     print(f"{'setting':<12}{'masks':<11}{'return':>8}{'± std':>7}{'student IoU':>13}")
     for setting in args.settings:

@@ -281,15 +281,8 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_ctrl_c_in_the_middle_of_the_loop(tmp_path):
-    args = [
-        "--masker=none",
-        "--actor-views=clean",
-        "--critic-views=clean",
-        "--eval-settings",
-        "train",
-        "--total-timesteps=5000",
-        "--checkpoint-every=20",
-    ]
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--checkpoint-every=20"]
+    args += ["--total-timesteps=5000"]
     process = start(RL, *SMALL[1:], "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path)
     wait_for(process, tmp_path, "runs/*/resume/0*20.state.pt")
     workers = children(process.pid)
@@ -300,6 +293,7 @@ def test_ctrl_c_in_the_middle_of_the_loop(tmp_path):
     assert workers and not [pid for pid in workers if is_running(pid)]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what ends a process")
 def test_a_vector_environment_leaves_the_process_that_makes_it_as_it_was():
     """Gymnasium makes one environment there as well: a worker's one thread, deaf ear to Ctrl-C and end with its parent are not for it."""
 
