@@ -14,6 +14,7 @@ import ctypes
 import difflib
 import fnmatch
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -107,6 +108,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, partial(torch.save, {**content, "format": FORMAT, "version": VERSION}))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, partial(Path.write_text, data=json.dumps(content, indent=2)))
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """BGR or grey, uint8, in the format that the suffix names. cv2.imwrite says nothing when a disk is full."""
+    write_whole(path, partial(Path.write_bytes, data=cv2.imencode(path.suffix, image)[1]))
 
 
 def load_plain(path: Path) -> Any:
@@ -893,8 +903,10 @@ def draw_settings(args: Args) -> None:
         row = np.concatenate(cells, 1).repeat(3, 0).repeat(3, 1)
         rows.append(cv2.putText(row, setting, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 255), 1, cv2.LINE_AA))
         env.close()
-    if not cv2.imwrite(output, np.concatenate(rows)[..., ::-1]):
-        raise UserError(f"--output {output}: cannot be written")
+    try:
+        write_image(Path(output), np.concatenate(rows)[..., ::-1])
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(f"written: {output} (columns: the start, then 15 and 50 random steps later, each with the mask of {prompt!r})")
 
 

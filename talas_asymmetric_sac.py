@@ -159,7 +159,8 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
     folder = Path(args.masker_path or f"runs/maskers/{args.env}")
     path = folder / f"{which}.pt"
     if not args.masker_path and not path.is_file():
-        print(f"no {which} in {folder}: making one first (Phases I and II, some ten minutes on a CPU), or waiting for a run that does", flush=True)
+        print(f"no {which} in {folder}: making one first, by Phases I and II, or waiting for a run that does", flush=True)
+        print("(on two cores ten minutes or so; for cartpole's and the cup's students half an hour)", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # runs that start together wait here for one another: the masker is made once
             begun = (folder / "teacher.pt").is_file() and (folder / "frames.npz").is_file()  # perhaps by hand, with a prompt of one's own
@@ -594,7 +595,7 @@ def open_run(run: Path, args: Args, cleanup: ExitStack) -> None:
         cleanup.enter_context(FileLock(run / "lock", timeout=0))
         for unfinished in run.rglob(".[0-9]*-*"):  # what a process was writing when it was killed
             unfinished.unlink()
-        (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        envs.write_json(run / "args.json", asdict(args))
     except Timeout:
         raise UserError(f"{run}: another process is at this run") from None
     except OSError as error:
@@ -847,7 +848,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     # ---- the end: the table, the films, the figures
     figures = report(run)
     figures |= {"train/steps": progress.step, "train/updates": progress.updates, "train/seconds": round(time.time() - began, 1)}
-    envs.write_whole(run / "metrics.json", partial(Path.write_text, data=json.dumps(figures, indent=2)))
+    envs.write_json(run / "metrics.json", figures)
     shutil.rmtree(run / "resume", ignore_errors=True)  # gigabytes of replay, which nobody needs any more
     films, again = ", ".join(f"{setting}.mp4" for setting in settings), shlex.join(["python", sys.argv[0], "--evaluate", f"{run}/checkpoint.pt"])
     print(f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: {again}")
@@ -924,7 +925,7 @@ def main(args: Args, run: Path | None = None) -> None:
                 open_run(run, args, cleanup)
                 figures = evaluate(Path(args.evaluate), args, settings, args.eval_episodes or 10, run)
                 figures |= {"train/steps": load_agent_once(Path(args.evaluate))[1]["step"]}
-                envs.write_whole(run / "metrics.json", partial(Path.write_text, data=json.dumps(figures, indent=2)))
+                envs.write_json(run / "metrics.json", figures)
                 return print(f"\nwritten: {run}/metrics.json and {', '.join(f'{setting}.mp4' for setting in settings)}")
         except UserError:
             raise

@@ -17,7 +17,6 @@ Whoever made them, they lie as <phrase>.../<sequence>/<number>.png, a binary ima
 import contextlib
 import fnmatch
 import functools
-import json
 import multiprocessing
 import os
 import sys
@@ -331,17 +330,12 @@ def lacking(args: Args, *folders: Path) -> list[int]:
     return [i for i, paths in enumerate(sequences) if any(len(list(path.glob("[0-9]*.png"))) < args.sequence_length for path in paths)]
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
-    content = cv2.imencode(".png", image)[1]  # cv2.imwrite says nothing when a disk is full
-    path.parent.mkdir(parents=True, exist_ok=True)
-    envs.write_whole(path, lambda temporary: temporary.write_bytes(content))
-
-
 def export_sequence(args: Args, folder: Path, index: int) -> None:
     """One sequence's frames, <sequence>/<number>.png: the states that collect_clip sees, larger."""
     env, sequence = make_env_once(args.env, "train", args.seed, image_size=args.segment_size), folder / sequence_names(args)[index]
+    sequence.mkdir(exist_ok=True)
     for i, _ in enumerate(visit_states(env, "sequence", args.sequence_length, np.random.default_rng([args.seed, 0, index]))):
-        write_png(sequence / f"{i:05}.png", env.render()[..., ::-1])
+        envs.write_image(sequence / f"{i:05}.png", env.render()[..., ::-1])
 
 
 def export_frames(args: Args, folder: Path, pool: ProcessPoolExecutor) -> None:
@@ -440,8 +434,9 @@ def run_sam(args: Args, phrases: list[str], device: torch.device, pool: ProcessP
     for i in tqdm(wanted, "segment", unit="sequence", mininterval=1 if sys.stderr.isatty() else 15):
         paths = [frames / names[i] / f"{number:05}.png" for number in range(args.sequence_length)]
         for folder, masks in zip(folders, segment(np.stack([cv2.imread(str(path))[..., ::-1] for path in paths]), phrases), strict=True):
+            (folder / names[i]).mkdir(parents=True, exist_ok=True)
             for path, mask in zip(paths, masks, strict=True):
-                write_png(folder / names[i] / path.name, np.uint8(mask) * 255)
+                envs.write_image(folder / names[i] / path.name, np.uint8(mask) * 255)
     return folders
 
 
@@ -479,7 +474,7 @@ def report_segmenter(parts: dict[str, np.ndarray], training: dict[str, np.ndarra
 def write_sheet(path: Path, rows: list[np.ndarray]) -> None:
     """A PNG of rows (3, h, w), one below the other, twice as large."""
     picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    cv2.imwrite(str(path), cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    envs.write_image(path, cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
 
 
 def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, bf16: bool, sheet: Path) -> dict[str, float]:
@@ -536,7 +531,7 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "test")  # Phase II trains on the others
     output.mkdir(parents=True, exist_ok=True)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    envs.write_json(run / "args.json", asdict(args))
     writer = SummaryWriter(run)
 
     # ---- the frames, and the segmenter's masks m* of them
@@ -595,7 +590,7 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
     writer.close()
     figures |= {"frames": n, "test_frames": args.test_frames, "train/updates": args.steps, "mask_pixels": float(masks.sum((1, 2)).mean())}
     figures |= {"seconds": round(time.time() - started, 1)}
-    (run / "metrics.json").write_text(json.dumps(figures, indent=2))
+    envs.write_json(run / "metrics.json", figures)
     checkpoint = {"kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt, "segmenter": args.segmenter}
     checkpoint["state_dict"] = masker.cpu().state_dict()
     envs.save_tensors(output / "teacher.pt", checkpoint)

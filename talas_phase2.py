@@ -11,7 +11,6 @@ strongly augmented frames τ(o) and must give the teacher's mask of the clean fr
     python talas_phase2.py --env walker_walk
 """
 
-import json
 import os
 import sys
 import time
@@ -134,7 +133,7 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, b
         figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
         rows.append(np.concatenate([np.concatenate([frames[i], frames[i] * pred[i]], axis=2) for i in chosen], axis=2))
     picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    cv2.imwrite(str(sheet), cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    envs.write_image(sheet, cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
     return figures
 
 
@@ -158,7 +157,7 @@ def main(args: Args) -> None:
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "train").to(device)  # Phase I kept the others for its overlay test
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     run.mkdir(parents=True, exist_ok=True)
-    (run / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    envs.write_json(run / "args.json", asdict(args))
     writer = SummaryWriter(run)
 
     print(f"Phase II on {args.env}: {len(frames):,} frames, augmentation {args.augmentation}", flush=True)
@@ -208,7 +207,7 @@ def main(args: Args) -> None:
         writer.add_scalar(key, value, args.steps)
     writer.close()
     figures |= {"train/updates": args.steps, "seconds": round(time.time() - started, 1)}
-    (run / "metrics.json").write_text(json.dumps(figures, indent=2))
+    envs.write_json(run / "metrics.json", figures)
     checkpoint |= {"kind": "student", "augmentation": args.augmentation, "state_dict": student.cpu().state_dict()}
     envs.save_tensors(folder / "student.pt", checkpoint)
     print(f"\nwritten: {folder}/student.pt, {run}/metrics.json, {run}/masks.png (look at it)")
