@@ -85,7 +85,7 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
         for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)):  # mmap only from 1 GB, never trim, grow by 64 MB
             ctypes.CDLL(None).mallopt(option, value)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: costs a tenth of the time, and all of replay's memory at once
-    return device, device.type == "cuda" or cpu_has_bf16()
+    return device, torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
 
 
 # Files and processes. What is written is there whole or not at all; what is read is data, never code; who is started ends with who started it.
@@ -165,6 +165,11 @@ def cpu_has_bf16() -> bool:
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def cores() -> int:
+    """How many this process may use: of a machine's sixty-four a scheduler may lend it two."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # ---------------------------------------------------------------------------------------------------------------- tasks
 @dataclass(frozen=True)
 class Task:
@@ -223,7 +228,7 @@ def resolve_env_id(env_id: str) -> str:
 
 def task_row(env_id: str) -> Task:
     """The table's row; a suite task that is not in it gets repeat 4 and the vocabulary of its own model."""
-    return TASKS.get(resolve_env_id(env_id)) or Task("suite", 4, 250, 0, "the robot")
+    return TASKS.get(resolve_env_id(env_id)) or Task("suite", 4, 250, 0, "the robot and the target")
 
 
 # ---------------------------------------------------------------------------------------------------- the three loaders
@@ -526,7 +531,7 @@ def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
     try:
         return model.tex(name).data
     except KeyError:
-        raise UserError(f"this task's model has no texture {name!r}, which this setting repaints: choose another --setting") from None
+        raise UserError(f"this task's model has no texture {name!r}, which this setting repaints: choose another setting") from None
 
 
 # ------------------------------------------------------------------------------------------------------ the environment
@@ -604,10 +609,10 @@ class TalasEnv(gym.Env):
         self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=gym.spaces.Box(-np.inf, np.inf, self.task.proprio().shape, np.float32))
 
     def _names(self) -> dict[str, str]:
-        """The vocabulary of a model that the table does not know: its bodies, the geoms of its world, and "robot" for all bodies."""
+        """The vocabulary of a model that the table does not know: its bodies, the geoms of its world, all bodies, and what is a target."""
         bodies = [name for b in range(1, self.model.nbody) if (name := self.model.body(b).name)]
         world = [name for g in range(self.model.ngeom) if self.model.geom_bodyid[g] == 0 and (name := self.model.geom(g).name)]
-        return {name.replace("_", " ").lower(): name for name in bodies + world} | {"robot": " ".join(bodies)}
+        return {name.replace("_", " ").lower(): name for name in bodies + world} | {"robot": " ".join(bodies), "target": "*target*"}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start the next episode, or episode `options["episode"]`. Episode i draws everything from (seed, i)."""
@@ -690,7 +695,7 @@ class TalasEnv(gym.Env):
         return np.logical_or.reduce(shown)
 
     def _lookup(self, phrase: str) -> dict[int, list[int]]:
-        """The ids that a noun phrase stands for, by MuJoCo's object type. A body stands for its geoms and sites."""
+        """The ids that a noun phrase stands for, by MuJoCo's object type. A body stands for its geoms and sites, all bones for a skin."""
         if phrase not in self.vocabulary:
             raise UserError(f"--prompt: {phrase!r} is not in {self.env_id}'s vocabulary; it can name: {', '.join(sorted(self.vocabulary))}")
         named = re.compile("|".join(fnmatch.translate(pattern) for pattern in self.vocabulary[phrase].split())).match
@@ -703,6 +708,7 @@ class TalasEnv(gym.Env):
             int(mujoco.mjtObj.mjOBJ_GEOM): [g for g in range(model.ngeom) if named(model.geom(g).name) or model.geom_bodyid[g] in bodies],
             int(mujoco.mjtObj.mjOBJ_SITE): [s for s in range(model.nsite) if named(model.site(s).name) or model.site_bodyid[s] in bodies],
             int(mujoco.mjtObj.mjOBJ_TENDON): [t for t in range(model.ntendon) if named(model.tendon(t).name)],
+            int(mujoco.mjtObj.mjOBJ_SKIN): [s for s in range(model.nskin) if bodies >= set(model.skin_bonebodyid.tolist())],  # the dog's
         }
 
     def nameable(self, prompt: str) -> str:

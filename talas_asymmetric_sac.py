@@ -163,7 +163,9 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
         print("(on two cores ten minutes or so; for cartpole's and the cup's students half an hour)", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # runs that start together wait here for one another: the masker is made once
-            begun = (folder / "teacher.pt").is_file() and (folder / "frames.npz").is_file()  # perhaps by hand, with a prompt of one's own
+            begun = (folder / "teacher.pt").is_file()  # perhaps by hand, with a prompt of one's own
+            if begun and not (folder / "frames.npz").is_file():
+                raise UserError(f"{folder}: teacher.pt without frames.npz, which Phase II needs; copy that too, or delete the teacher")
             scripts = ("talas_phase1.py",) * (not begun) + ("talas_phase2.py",) * (which == "student")
             for script in () if path.is_file() else scripts:
                 names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if script == "talas_phase1.py" else ())
@@ -551,7 +553,8 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
     envs.save_tensors(folder / f"{progress.step:010}.replay.pt", replay.written_since(before))
     state = {"progress": asdict(progress), "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
     # All the chance there is in this process; episodes draw theirs from (seed, episode).
-    state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "actions": actions.np_random.bit_generator.state}
+    cuda = agent.log_alpha.device if agent.log_alpha.is_cuda else None
+    state |= {"torch": torch.get_rng_state(), "cuda": cuda and torch.cuda.get_rng_state(cuda), "actions": actions.np_random.bit_generator.state}
     envs.save_tensors(folder / f"{progress.step:010}.state.pt", state)
     states = sorted(folder.glob("[0-9]*.state.pt"))
     oldest, kept = int(states[-2:][0].name[:10]), replay.capacity * len(replay.n)
@@ -563,6 +566,7 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
 def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -> Progress | None:
     """Bring agent, replay and chance to where the newest state that can be read left them; None if there is none at all."""
     states = sorted(folder.glob("[0-9]*.state.pt"), reverse=True)
+    masker_weights = agent.masker.state_dict() if agent.masker else {}
     for path in states:
         try:
             state = envs.load_tensors(path)
@@ -571,16 +575,21 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
             for part in sorted(folder.glob("[0-9]*.replay.pt")):
                 if part.name[:10] <= path.name[:10]:
                     replay.restore(envs.load_tensors(part))
+            if any(not torch.equal(weight.cpu(), state["agent"][f"masker.{key}"]) for key, weight in masker_weights.items()):
+                raise UserError(f"{path} is of another masker than --masker-path's; put back the one that the run began with")
             agent.load_state_dict(state["agent"])
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
             torch.set_rng_state(state["torch"])
-            torch.cuda.set_rng_state_all(state["cuda"])
+            if agent.log_alpha.is_cuda and state["cuda"] is not None:
+                torch.cuda.set_rng_state(state["cuda"], agent.log_alpha.device)
             actions.np_random.bit_generator.state = state["actions"]
             for newer in folder.iterdir():
                 if newer.name[:10] > path.name[:10]:
                     newer.unlink()  # it could not be read, and would count as a generation
             return Progress(**state["progress"])
+        except UserError:
+            raise
         except Exception as error:  # damaged files fail in many ways
             print(f"warning: {path} cannot be used ({envs.brief(error)})", flush=True)
     if states:
@@ -662,7 +671,7 @@ def play_all(path: Path, args: Args, jobs: list[tuple[Setting, int]]) -> Iterato
     """What play returns for each job, in their order."""
     # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
     # Spawned: EGL does not survive a fork.
-    pool = ProcessPoolExecutor(min(len(jobs), os.cpu_count(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
+    pool = ProcessPoolExecutor(min(len(jobs), envs.cores(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
     futures = [pool.submit(play, path, args, job) for job in jobs]
     try:
         for future in futures:
@@ -755,7 +764,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
         with saving("evaluations.csv"):
             evaluations.writerows([progress.step, key, f"{value:.4f}"] for key, value in figures.items())
-        with torch.random.fork_rng(), torch.no_grad(), agent.autocast():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), agent.autocast():
             shown = replay.sample(8)
             views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask) if view is not None]
         with curves():
@@ -864,7 +873,8 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
 
     args, run = parse(Args()), None
     if args.evaluate:
-        own = replace(load_agent_once(Path(args.evaluate))[1]["args"], device="cpu", cudagraphs=False)  # played on the CPU, wherever it was trained
+        own = load_agent_once(Path(args.evaluate))[1]["args"]
+        own = replace(own, device="cpu", cudagraphs=False, track=False)  # played on the CPU, wherever it was trained
         free = ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision", "seed")
     elif args.resume and (run := find_run(args)):
         free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "distractors", "overlay", "masker_path")

@@ -313,7 +313,7 @@ def collect(args: Args, prompt: str, counts: dict[Kind, int], settings: tuple[Se
 # ------------------------------------------------------------------------------------------------------------ the segmenters sam and masks
 MOST_BOXES = 10  # of a phrase in a frame, the surest: a mask each, and hundreds of a hesitant detector's would fill the memory
 SAM_WEIGHTS = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
-SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+HUB, SAM_URL = "https://huggingface.co", "https://dl.fbaipublicfiles.com/segment_anything/"
 DETECTOR_FILES = """without a network, put its config.json, model.safetensors, preprocessor_config.json, tokenizer.json, tokenizer_config.json, \
 special_tokens_map.json and vocab.txt (OWLv2: vocab.json and merges.txt) into a folder, and give that as --detector"""
 
@@ -394,7 +394,7 @@ def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str
         sam.load_state_dict(envs.load_plain(weights))
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"--sam-checkpoint {weights}: not the weights of {args.sam_type} ({envs.brief(error)})") from None
-    there = {"local_files_only": Path(args.detector).is_dir() or not online("https://huggingface.co")}  # the hub's own retries take minutes
+    there = {"local_files_only": Path(args.detector).is_dir() or not online(os.environ.get("HF_ENDPOINT", HUB))}  # the hub's own retries take minutes
     try:
         processor = AutoProcessor.from_pretrained(args.detector, **there)
         detector = AutoModelForZeroShotObjectDetection.from_pretrained(args.detector, use_safetensors=True, **there).to(device).eval()
@@ -512,7 +512,7 @@ def main(args: Args) -> None:
         env.segment(prompt)  # a phrase that the simulator does not know is an error before anything is written
     env.close()
     # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
-    pool = ProcessPoolExecutor(min(os.cpu_count(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
+    pool = ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
     try:
         if args.export_frames:
             export_frames(args, Path(args.export_frames), pool)

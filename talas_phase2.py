@@ -80,7 +80,7 @@ class Masker(nn.Module):
 
 
 def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
-    """Shift (B, C_i, H, W) tensors of one dtype together, each sample by a random offset of at most `pad` pixels, edges repeated."""
+    """Shift (B, C_i, H, W) tensors together, each sample by a random offset of at most `pad` pixels, edges repeated."""
     batch, (height, width), device = len(stacks[0]), stacks[0].shape[-2:], stacks[0].device
     n, row, col = torch.arange(batch, device=device), *(torch.randint(2 * pad + 1, (batch,), device=device) for _ in range(2))
     shifted = []

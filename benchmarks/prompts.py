@@ -9,7 +9,6 @@ Other tools' masks of frames that `talas_phase1.py --export-frames` wrote can st
 
 import csv
 import multiprocessing
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -51,7 +50,7 @@ def main(args: Args) -> None:
     common = {"env": args.env, "seed": args.seed, "segment_frames": args.frames, "segment_size": args.size, "sequence_length": length}
     common |= {"sam_type": args.sam_type, "sam_checkpoint": args.sam_checkpoint}
     rows: list[tuple[str, str, np.ndarray, float]] = []  # segmenter, prompt, masks (n, H, W), seconds per frame
-    with ProcessPoolExecutor(min(os.cpu_count(), 8), multiprocessing.get_context("spawn"), envs.start_worker) as pool:
+    with ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker) as pool:
         first = phase1.Args(**common)
         names = phase1.sequence_names(first)
         seen = phase1.collect(first, own, {"sequence": len(names) * length}, (), pool)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import UserError, end_with_parent, resolve_env_id
+from envs import UserError, cores, end_with_parent, resolve_env_id
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = {  # the README's ablations
@@ -71,7 +71,7 @@ def main(args: Args) -> None:
         flags = own + shlex.split(VARIANTS[variant]) + shlex.split(args.flags)
         rows.append((env_id, variant, seed, flags, tyro.cli(talas.Args, args=flags)))
     replay = max(min(run.replay_size, run.total_timesteps) for *_, run in rows) * 28.3e-6  # GB: a frame and its mask
-    each = args.memory_per_run or replay + 1.5 + 0.5 * min(os.cpu_count(), 16)
+    each = args.memory_per_run or replay + 1.5 + 0.5 * min(cores(), 16)
     if args.memory < each:
         raise UserError(f"--memory {args.memory:g}: one run is expected to take {each:.1f} GB; give more, or its --flags a smaller --replay-size")
 
@@ -85,7 +85,7 @@ def main(args: Args) -> None:
             waiting.append((name, flags))
 
     at_once = min(args.jobs, int(args.memory / each))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once))}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
     running: dict[str, subprocess.Popen] = {}
     bar = tqdm(total=len(waiting), unit="run")
     try:

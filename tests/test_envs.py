@@ -403,7 +403,31 @@ def test_a_suite_task_without_a_row(make):
     env.reset()
     assert env.repeat == 4 and env.episode_steps == 250
     assert (env.segment("the arm and the hand") <= env.segment("the robot")).all() and env.segment("the hand").any()
-    assert env.segment(envs.task_row("reacher_easy").prompt).any()
+    assert env.segment(envs.task_row("reacher_easy").prompt).sum() == env.segment("the robot").sum() + env.segment("the target").sum()
+
+
+@pytest.mark.parametrize("name", ["reacher_easy", "finger_turn_easy"])  # a geom of the world, a site of the world
+def test_a_suite_tasks_goal_is_in_its_default_mask(make, name):
+    """Where the target is drawn, seen by moving it away, the agent sees."""
+    env = make(name)
+    env.reset()
+    before, mask = env.render().astype(int), env.segment(env.row.prompt)
+    places = (env.model.geom("target") if name == "reacher_easy" else env.model.site("target")).pos
+    places[:] = (0, 0, -5)
+    mujoco.mj_forward(env.model, env.data)
+    changed = np.abs(env.render() - before).max(2) > 60
+    assert changed.sum() > 50
+    assert (changed & mask).sum() > 0.9 * changed.sum()
+
+
+def test_a_skin_is_its_bones(make):
+    """The dog's geoms are hidden; what one sees is a skin."""
+    env = make("dog_walk")
+    env.reset()
+    without = mujoco.MjvOption()
+    without.flags[mujoco.mjtVisFlag.mjVIS_SKIN] = 0
+    changed, mask = (env.render().astype(int) - env._render(without)).any(2), env.segment("the robot")
+    assert mask.sum() > 300 and (changed & mask).sum() > 0.95 * mask.sum()
 
 
 @pytest.mark.parametrize(

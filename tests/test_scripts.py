@@ -338,6 +338,10 @@ def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tm
     assert nobody is None and (args.env, args.augmentation, args.seed, args.eval_episodes) == ("cartpole_swingup", "mix", 7, 2)
     with pytest.raises(envs.UserError, match=r"--masker: .* has its own, student"):
         rl.read_args(["--evaluate", agent, "--masker=none"])
+    content = envs.load_tensors(Path(agent))
+    envs.save_tensors(tmp_path / "elsewhere.pt", content | {"args": content["args"] | {"track": True, "device": "cuda", "cudagraphs": True}})
+    elsewhere = rl.read_args(["--evaluate=elsewhere.pt"])[0]  # nothing of which an evaluation on this machine needs
+    assert (elsewhere.track, elsewhere.device, elsewhere.cudagraphs) == (False, "cpu", False)
     (folder / "args.json").write_text(json.dumps(asdict(args)))
     with pytest.raises(envs.UserError, match="the folder of an evaluation"):
         rl.read_args([resume])
@@ -441,6 +445,9 @@ def test_phase_two_alone_is_made_up_for(trained, tmp_path):
     out, err = finish(start(RL, *SMALL, "--env=cartpole_swingup", "--overlay=nowhere", cwd=tmp_path), 1)
     assert "talas_phase1.py" not in out and "talas_phase2.py --env=cartpole_swingup --overlay=nowhere --overlay-images=20" in out
     assert "nowhere: no such folder" in err and "talas_phase2.py failed" in err and "Traceback" not in err
+    assert (folder / "teacher.pt").read_bytes() == before
+    (folder / "frames.npz").unlink()  # as when only the teacher was brought along
+    assert "teacher.pt without frames.npz" in finish(start(RL, *SMALL, "--env=cartpole_swingup", cwd=tmp_path), 1)[1]
     assert (folder / "teacher.pt").read_bytes() == before
 
 

@@ -805,7 +805,8 @@ def make_run(seed: int, capacity: int = 40) -> tuple[rl.Agent, rl.Replay, gym.Sp
     agent, space = make_agent(), gym.spaces.Box(-1, 1, (1, A))
     torch.manual_seed(seed)
     space.seed(seed)
-    jitter(agent, 0.01)
+    for module in (agent.encoder, agent.actor, agent.critic):  # one masker, as a run and its continuation have
+        jitter(module, 0.01)
     return agent, rl.Replay(1, capacity, (9, 84, 84), P, A, torch.device("cpu")), space
 
 
@@ -882,6 +883,17 @@ def test_a_state_that_cannot_be_used_leaves_nothing_in_replay(tmp_path):
     other = make_run(2, capacity=200)
     assert rl.load_state(tmp_path, *other).step == 50
     assert other[1].n.tolist() == [55] and other[1].valid.nonzero().squeeze(1).tolist() == [i for i in range(55) if i % 11 != 10]
+
+
+def test_a_run_does_not_go_on_with_another_masker(tmp_path):
+    """Replay's masks are the first one's."""
+    run, other = make_run(1), make_run(1)
+    live(*run, 5)
+    rl.save_state(tmp_path, rl.Progress(step=50, frames=run[1].n.tolist()), *run, [0])
+    with torch.no_grad():
+        other[0].masker.head.bias += 1
+    with pytest.raises(UserError, match=r"0000000050.state.pt is of another masker"):
+        rl.load_state(tmp_path, *other)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
