@@ -1,5 +1,6 @@
 """The update against the method: numbers by hand, slow loops over samples, where gradients may flow, what each ablation changes; the replay."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -756,6 +757,29 @@ def test_load_teacher(tmp_path):
         phase2.load_teacher(path, "hammer")
     with pytest.raises(UserError, match="no teacher there"):
         phase2.load_teacher(tmp_path / "nowhere.pt", "hammer")
+
+
+@pytest.mark.parametrize("flags", [{"augmentation": "overlay"}, {"augmentation": "swap"}, {"augmentation": "mix"}, {"actor_judge": "own"}])
+def test_replay_and_update_stay_on_their_device_and_wait_for_nothing(monkeypatch, flags):
+    """On torch's meta device, which has no numbers: to look at a value (and wait for a GPU) is an error, and so is most arithmetic with the CPU's."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no meta
+    device = torch.device("meta")
+    agent = make_agent(**flags)
+    agent.photos = agent.photos.to(device)
+    agent.to(device)
+    replay, obs = rl.Replay(2, 20, (9, 84, 84), P, A, device), {"pixels": np.zeros((9, 84, 84), np.uint8), "proprio": np.zeros(P, np.float32)}
+    for t in range(30):
+        seen = [part[0] for part in rl.observe(agent.masker, obs, device)]
+        for i in range(2):
+            if t:
+                replay.add_step(i, np.zeros(A, np.float32), 1.0, False, *seen)
+            else:
+                replay.add_frame(i, *seen, first=True)
+    batch = replay.sample(4)
+    values = [*vars(batch).values(), *agent.update(batch).values()]
+    assert len(values) == 15 and all(value.device == device for value in values)
+    with pytest.raises(RuntimeError, match="meta"):
+        values[-1].item()
 
 
 @pytest.mark.filterwarnings("ignore:This module is instantiated on a machine without CUDA")
