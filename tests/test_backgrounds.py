@@ -137,6 +137,17 @@ def test_procedural_video():
     assert image.shape == (84, 84, 3) and image.dtype == np.uint8 and np.array_equal(image, envs.synthetic_image(np.random.default_rng(1), 84))
 
 
+def test_a_background_moves_until_the_episode_ends(make, tmp_path):
+    """Neither video is cut to less than an episode, which would show it twice."""
+    (tmp_path / "video_hard").mkdir()
+    write_video(tmp_path / "video_hard/0.mp4", [np.full((64, 64, 3), 20 * t, np.uint8) for t in range(12)])
+    for setting in ("procedural", "video_hard"):
+        env = make("cartpole_swingup", setting, distractors=str(tmp_path), action_repeat=100)
+        env.reset()
+        state = env.get_state()
+        assert len({env.show(state, t).tobytes() for t in range(env.episode_steps + 1)}) == env.episode_steps + 1 == 11
+
+
 # ------------------------------------------------------------------------------------------------------------------------ keys
 @pytest.mark.parametrize(
     "name, setting",
@@ -271,6 +282,16 @@ def test_color_settings_show_one_palette_per_episode(make, tmp_path, name):
     hard = make(name, "color_hard", distractors=str(tmp_path))  # its own file
     hard.reset()
     assert shown_palette(hard) == 0
+
+
+def test_color_settings_draw_from_all_palettes(make, tmp_path):
+    palettes = [{"grid_rgb1": [i / 100] * 3, "grid_rgb2": [0.0, 0.0, 0.0], "skybox_rgb": [0.0, 0.0, 0.0]} for i in range(100)]
+    torch.save(palettes, tmp_path / "color_hard.pt")
+    env, seen = make("cartpole_swingup", "color_hard", distractors=str(tmp_path)), set()
+    for _ in range(6):
+        env.reset()
+        seen.add(int(np.bincount(envs.texture(env.model, "grid").ravel(), minlength=256)[1:].argmax()))
+    assert len(seen) > 3 and max(seen) - min(seen) > 50
 
 
 @pytest.mark.parametrize("name", list(GROUND))
@@ -474,6 +495,17 @@ def test_mix_keeps_no_lines_beside_the_agent():
     around = got[:, 0, ~inside]
     bare = ((around - 7).abs() < 0.1).all(1) | ((around - 200).abs() < 0.1).all(1)  # the photograph, or the same in the agent's colour
     assert abs(bare.float().mean() - 0.25) < 0.03  # the half of the swaps that keeps no patches or bands
+
+
+def test_mix_keeps_patches_or_horizontal_bands():
+    """Of a flat scene without an agent: every fourth swap keeps patches of it, another fourth bands, which go from edge to edge."""
+    n, nothing = 3000, torch.zeros(1, 1, 12, 12)
+    obs, photos = torch.full((n, 3, 12, 12), 100, dtype=torch.uint8), torch.full((1, 3, 16, 16), 7, dtype=torch.uint8)
+    torch.manual_seed(3)
+    scene = (envs.augment(obs, nothing.expand(n, 1, 12, 12), photos, "mix")[:, 0] - 100).abs() < 0.1
+    parted = scene.flatten(1).any(1) & ~scene.flatten(1).all(1)
+    by_rows, by_columns = (parted & (scene == first).flatten(1).all(1) for first in (scene[:, :, :1], scene[:, :1]))
+    assert by_rows.float().mean() > 0.06 and by_columns.float().mean() < 0.02 and (parted & ~by_rows).float().mean() > 0.06
 
 
 @pytest.fixture

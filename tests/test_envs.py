@@ -100,6 +100,7 @@ def test_episode_lengths(name):
     row = envs.task_row(name)
     assert row.steps * row.repeat == (200 if row.loader == "adroit" else 1000)
     assert row.hold == {"pen": 20, "door": 25, "hammer": 25, "relocate": 25}.get(name, 0)
+    assert row.repeat == {"cartpole_swingup": 8, "finger_spin": 2}.get(name, 4 if row.loader == "suite" else 2)  # published practice
 
 
 def test_action_repeat_sums_rewards(make):
@@ -304,6 +305,24 @@ def test_a1_rewards_start_and_actions(make, name):
     assert env.unwrapped.episode_steps == 500 and envs.task_row(name).repeat == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "camera", "fovy", "position"),
+    [
+        ("hammer", "vil_camera", 45, (0, 0, 1.1)), ("door", "vil_camera", 45, (0, 0, 1.5)), ("pen", "vil_camera", 45, (0, -0.8, 0.8)),
+        ("unitree_walk", "mounted", 45, (0.7, 0, 0.5)), ("unitree_stand", "mounted", 45, (0.7, 0, 0.5)),
+    ],
+)  # fmt: skip
+def test_the_benchmarks_cameras(make, name, camera, fovy, position):
+    """Where they stand and look: Adroit's down, turned by half, or at 45 degrees; the A1's from before its head, back and down."""
+    env, rotation = make(name), np.empty(9)
+    placed = env.model.cam(camera)
+    assert envs.task_row(name).camera == camera and placed.fovy[0] == fovy and tuple(placed.pos) == position
+    mujoco.mju_quat2Mat(rotation, placed.quat)
+    ahead = -rotation.reshape(3, 3)[:, 2]
+    tilted = {"pen": (0, np.sqrt(0.5), -np.sqrt(0.5))} | dict.fromkeys(("unitree_walk", "unitree_stand"), (-np.sin(0.83), 0, -np.cos(0.83)))
+    np.testing.assert_allclose(ahead, tilted.get(name, (0, 0, -1)), atol=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------- states to train masks on
 @pytest.mark.parametrize("name", list(envs.TASKS))
 def test_states_masks_and_vocabulary(make, name):
@@ -388,6 +407,18 @@ def test_segment_is_the_simulators(make):
     assert np.array_equal(env.segment("the torso"), torso) and np.array_equal(env.segment("legs"), legs)
     assert np.array_equal(env.segment("The legs, and a torso."), legs | torso) and np.array_equal(env.segment("the walker"), legs | torso)
     assert np.array_equal(env.render(), frame)  # a mask leaves the picture alone
+
+
+def test_the_a1_on_its_back_is_seen_through_the_floor(make):
+    """Its camera is below, where the floor is drawn as glass; masks look through it as well."""
+    env, seen = make("unitree_walk"), 0
+    env.reset()
+    for seed in range(13):
+        phase1.place(env.unwrapped, "spread", np.random.default_rng(seed))
+        if env.data.cam_xpos[env.model.camera("mounted").id][2] < 0:
+            seen += 1
+            assert env.segment("the robot").sum() > 500 and not env.segment("the ground").any()
+    assert seen > 1
 
 
 def test_the_cups_string_is_a_tendon(make):

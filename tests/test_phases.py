@@ -1,5 +1,7 @@
 """Phases I and II as they train: what a teacher and a student learn in a minute, from what, and whether the figures are those of their masks."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import envs
 import talas_phase1 as phase1
@@ -84,3 +87,60 @@ def test_both_phases_learn(tmp_path, monkeypatch, capsys):
         before, after = (iou(folder / f"{kind}.pt", frames[f"test_{setting}"], masks) for kind in ("teacher", "student"))
         assert after > before + gain, setting
     assert iou(folder / "student.pt", frames["test_clean"], masks) > 0.7
+
+
+def windows(images: torch.Tensor, pad: int) -> torch.Tensor:
+    """(N, C, H, W), edges repeated, at each offset: (N, C, 2 pad + 1, 2 pad + 1, H, W)."""
+    padded = F.pad(images.float(), (pad,) * 4, mode="replicate")
+    return padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+
+
+@pytest.mark.parametrize("kind", ["overlay", "swap"])
+def test_what_the_student_is_taught(tmp_path, monkeypatch, kind):
+    """The teacher's soft masks of clean frames, every other one shifted with its frame; augmented as was asked."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    teacher, frames = phase2.Masker().requires_grad_(False), torch.randint(256, (12, 3, 84, 84), dtype=torch.uint8)
+    teacher.head.weight.mul_(30)  # far from a half
+    envs.save_tensors(Path("teacher.pt"), {"env_id": "walker_walk", "image_size": 84, "prompt": "", "state_dict": teacher.state_dict()})
+    np.savez("frames.npz", train_frames=frames, test_clean=frames[:4], test_masks=np.zeros((4, 84, 84), bool))
+    given, augment = [], phase2.augment
+    monkeypatch.setattr(phase2, "augment", lambda *args: (given.append(args), augment(*args))[1])
+    phase2.main(phase2.Args(env="walker_walk", maskers=".", steps=4, batch_size=8, shift=2, augmentation=kind, overlay_images=20))
+    shown, masks, moved = windows(frames, 2), windows(teacher(frames.float()).sigmoid().unsqueeze(1), 2), []
+    for obs, target, _, asked in given:
+        for b in range(8):
+            ((n, row, column),) = (shown == obs[b, :, None, None]).all(5).all(4).all(1).nonzero().tolist()
+            assert (masks[n, 0, row, column] - target[b, 0]).abs().max() < 0.02 and asked == kind  # bytes, perhaps of bf16
+            moved.append((row, column) != (2, 2))
+    assert masks.std() > 0.05 and sum(moved) in range(11, 17) and not any(moved[b] for b in range(32) if b % 8 < 4)
+
+
+def test_a_clip_is_of_its_prompt_and_seed():
+    """The masks are the prompt's; other seeds, and tests, which the same clips of training never show, are other states."""
+
+    def clip(kind, prompt="the pole", settings=(), seed=1):
+        return phase1.collect_clip(phase1.Args(env="cartpole_swingup", seed=seed), prompt, settings, (0, kind, 4))
+
+    for kind in ("spread", "random"):
+        pole, both = clip(kind), clip(kind, "the cart and the pole")
+        assert np.array_equal(pole["clean"], both["clean"]) and not (pole["masks"] & ~both["masks"]).any()
+        assert 0 < pole["masks"].sum() < both["masks"].sum() - 4 * 20
+        shown = [{frame.tobytes() for frame in seen["clean"]} for seen in (pole, clip(kind, settings=("procedural",)), clip(kind, seed=2))]
+        assert len(set.union(*shown)) == 12
+
+
+def test_a_new_teacher_replaces_the_old_student(tmp_path, monkeypatch):
+    """Its frames are not the student's any more. And the masked reconstruction, where it is asked for, teaches as well."""
+    monkeypatch.chdir(tmp_path)
+    Path("maskers").mkdir()
+    teachers, args = [], {"frames": 4, "test_frames": 4, "steps": 3, "batch_size": 4, "overlay_images": 20, "output": "maskers"}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), envs.start_worker) as pool:
+        for coefficient in (0.0, 0.0, 100.0):
+            torch.manual_seed(1)
+            Path("maskers/student.pt").touch()
+            given = phase1.Args(env="cartpole_swingup", reconstruction_coef=coefficient, **args)
+            phase1.train(given, "the pole", {}, torch.device("cpu"), False, pool)
+            assert sorted(path.name for path in Path("maskers").iterdir()) == ["frames.npz", "teacher.pt"]
+            teachers.append(envs.load_tensors(Path("maskers/teacher.pt"))["state_dict"]["stem.weight"])
+    assert torch.equal(teachers[0], teachers[1]) and not torch.equal(teachers[0], teachers[2])

@@ -451,6 +451,14 @@ def test_phase_two_alone_is_made_up_for(trained, tmp_path):
     assert (folder / "teacher.pt").read_bytes() == before
 
 
+def test_without_any_masker_both_phases_are_run(tmp_path):
+    """From the first, with the flags that concern them; if that fails, no second."""
+    args = ["--env=cartpole_swingup", "--overlay=nowhere", "--distractors=.", "--eval-settings", "train"]
+    out, err = finish(start(RL, *SMALL, *args, cwd=tmp_path), 1)
+    assert "$ python talas_phase1.py --env=cartpole_swingup --overlay=nowhere --overlay-images=20 --device=auto --distractors=.\n" in out
+    assert "nowhere: no such folder" in err and "talas_phase1.py failed" in err and "talas_phase2.py" not in out + err
+
+
 def test_media_with_some_settings_only(tmp_path):
     """Phase I reports on the video settings that are there."""
     (tmp_path / "media").mkdir()
@@ -508,6 +516,20 @@ def test_evaluation_plays_every_episode_once(tmp_path, one_thread):
         assert figures[f"eval/{setting}/return_std"] == pytest.approx(np.std(totals), rel=1e-2)
         assert figures[f"eval/{setting}/episodes"] == 3 and figures[f"eval/{setting}/success_rate"] == 0
         assert figures[f"iou/{'clean' if setting == 'train' else setting}"] == pytest.approx(np.mean(ious), abs=2e-3)
+
+
+def test_success_is_an_episodes(tmp_path):
+    """Of an agent that finds its nail in: more than 25 control steps make a success, 20 do not. The flags reach the environment."""
+    args = rl.Args(env="hammer", reward="sparse", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32", masker="none")
+    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 24, 26, None, None), 0, None)
+    env = rl.make_env_once("hammer", "train", args.seed + 10_000, **rl.env_options(args))  # the one that it will play in
+    env.task.env.init_qpos[-7] = 0.09
+    for steps in (1, 2):
+        env.episode_steps = steps
+        total, success, *_ = rl.play(tmp_path / "checkpoint.pt", args, ("train", 0))
+        assert total == pytest.approx(200 * steps) and success == (steps == 2)  # a sparse reward of 10 at each control step
+    rl.make_env_once.cache_clear()
+    env.close()
 
 
 def test_train_all_runs_what_is_not_finished(tmp_path):

@@ -73,6 +73,18 @@ def test_thresholds(models):
     assert not phase1.load_sam(arguments(models, box_threshold=ODD, iou_threshold=0.6), CPU)(frames, ["hand"]).any()
 
 
+def test_the_detector_sees_red_as_red(monkeypatch, tmp_path):
+    """OpenCV reads and writes blue first; the models want red first."""
+    monkeypatch.chdir(tmp_path)
+    args = phase1.Args(env="hammer", segmenter="sam", segment_frames=2, sequence_length=1, segment_size=8)
+    for name, colour in zip(phase1.sequence_names(args), ((0, 0, 255), (255, 0, 0)), strict=True):  # red and blue, for OpenCV
+        (path := Path("runs/segmented/hammer/frames__8") / name / "00000.png").parent.mkdir(parents=True)
+        cv2.imwrite(str(path), np.full((8, 8, 3), colour, np.uint8))
+    monkeypatch.setattr(phase1, "load_sam", lambda *_: lambda frames, phrases: np.stack([frames[..., 0] > 127 for _ in phrases]))
+    (folder,) = phase1.run_sam(args, ["hand"], CPU, None)
+    assert phase1.read_masks(args, folder, 8).mean((1, 2)).tolist() == [1, 0]
+
+
 def test_a_batch_is_its_frames(models):
     """Grounding DINO as well: several frames and phrases at once give what each gives alone."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """The update against the method: numbers by hand, slow loops over samples, where gradients may flow, what each ablation changes; the replay."""
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import inspect
@@ -329,6 +330,27 @@ def test_temperature_moves_towards_its_target():
         assert (agent.log_alpha.item() > before) == rises
 
 
+@pytest.mark.parametrize(("which", "moved"), [("critic", {"encoder", "critic"}), ("actor", {"actor"}), ("alpha", {"log_alpha"})])
+def test_each_learning_rate_is_its_own(which, moved):
+    agent = make_agent(**FROZEN | {"tau": 0.0, f"{which}_lr": 1e-3})
+    before = weights(agent)
+    update(agent, make_batch())
+    assert {name.split(".")[0] for name, value in weights(agent).items() if not torch.equal(value, before[name])} == moved
+
+
+@pytest.mark.parametrize(("kind", "size"), [("sada", 39_200), ("medium", 8_192), ("small", 2_048)])
+def test_a_new_agent(kind, size):
+    """The encoder's size and orthogonal start, and a target that starts as the critic; no weights but these are drawn anew."""
+    agent = rl.Agent(rl.Args(**SMALL | {"encoder": kind}), 9, P, A, None, None)
+    assert agent.encoder(torch.zeros(2, 9, 84, 84)).shape == (2, size)
+    assert same(weights(agent.target_critic), weights(agent.critic)) and agent.target_critic is not agent.critic
+    assert not any(p.requires_grad for p in agent.target_critic.parameters())
+    for layer, gain in ((agent.encoder[0], 2), (agent.encoder[-2], 2), (agent.critic.heads[0].hidden[2], 1), (agent.actor.head.hidden[2], 1)):
+        rows = layer.weight.detach().flatten(1)
+        torch.testing.assert_close(rows @ rows.T, gain * torch.eye(len(rows)), atol=1e-4, rtol=0)
+        assert not layer.bias.any()
+
+
 # ------------------------------------------------------------------------------------------------------------ the asymmetry
 @pytest.mark.parametrize("judge", ["clean", "own"])
 @torch.no_grad()
@@ -467,6 +489,22 @@ def test_apply_mask_against_loops():
         for channel in range(9):
             expected = batch.obs[b, channel].numpy() / 255 * (batch.mask[b, channel // 3].numpy() / 255)
             np.testing.assert_allclose(product[b, channel].numpy(), expected, atol=1e-6)
+
+
+def test_the_policy_acts_on_what_is_masked():
+    """What the mask hides makes no difference to it, what it shows does; the mean is one action, samples differ."""
+    agent, batch = make_agent(), make_batch()
+    batch.mask[..., :42] = 0
+
+    def act(obs, mask, mean=True):
+        return agent.act(obs, mask, batch.proprio, mean)
+
+    hidden, shown, expected = batch.obs.clone(), batch.obs.clone(), act(batch.obs, batch.mask)
+    hidden[..., :42], shown[..., 42:] = 255 - hidden[..., :42], 255 - shown[..., 42:]
+    assert np.array_equal(act(hidden, batch.mask), expected)
+    assert (act(shown, batch.mask) != expected).any(1).all() and (act(batch.obs, batch.mask // 2) != expected).any(1).all()
+    samples = np.stack([act(batch.obs, batch.mask, mean=False) for _ in range(200)])
+    assert samples.std(0).min() > 0 and np.abs(samples).max() <= 1 and (np.sign(samples - expected).mean(0) < 0.4).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ the shift
@@ -643,6 +681,58 @@ def test_vector_environments_leave_transitions_only():
     whole = replay.sample(600)
     assert whole.obs.shape == (600, 9, 4, 5) and whole.done.shape == (600,)
     assert 100 < (whole.reward > 3).sum() + (whole.done > 0).sum() < 260  # the second ring ends, the third goes past 3: (1/3 + 2/5) of a third each
+
+
+@pytest.fixture(scope="module", params=["overlap", "textbook"])
+def looped(request, tmp_path_factory):
+    """Two episodes of each of two environments, the second with updates: the run, its replay, what each batch was drawn from, and who acted how."""
+    cwd, asked, acted = tmp_path_factory.mktemp("looped"), [], []
+    for seed, name in enumerate(("student", "teacher")):
+        checkpoint = {"env_id": "cartpole_swingup", "image_size": 84, "prompt": "the pole", "state_dict": make_masker(seed).state_dict()}
+        envs.save_tensors(cwd / f"{name}.pt", checkpoint)
+    sample, act = rl.Replay.sample, rl.Agent.act
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(rl.Replay, "sample", lambda self, n: (asked.append((n, self, self.n.tolist())), sample(self, n))[1])
+        patch.setattr(rl.Agent, "act", lambda *seen, mean: (acted.append((act(*seen, mean=mean), mean)), acted[-1][0])[1])
+        args = {"masker_path": ".", "clean_masker": "teacher", "eval_settings": ("train",), "eval_episodes": 1, "overlay_images": 20, "num_envs": 2}
+        args |= {"total_timesteps": 80, "learning_starts": 40, "action_repeat": 50, "overlap": request.param == "overlap"}
+        rl.main(rl.Args(env="cartpole_swingup", **SMALL | args))
+    return next(cwd.glob("runs/*")), asked[0][1], [n for size, _, n in asked if size == SMALL["batch_size"]], acted, request.param
+
+
+def test_the_loop_against_two_simulations(looped, make):
+    """Replay holds what each environment, with a seed of its own, makes of its actions, with the teacher's masks; the table the sums of rewards."""
+    run, replay, _, _, _ = looped
+    with (run / "returns.csv").open(newline="") as file:
+        table = [(row["step"], row["episode"], row["env"], pytest.approx(float(row["return"]), abs=2e-3)) for row in csv.DictReader(file)]
+    for i in range(2):
+        env, row, teacher = make("cartpole_swingup", "train", 1 + 100_000 * i, action_repeat=50), i * replay.capacity, make_masker(1)
+        for episode in range(2):
+            (obs, _), total = env.reset(), 0.0
+            for t in range(21):
+                frame, row = torch.from_numpy(obs["pixels"][-3:]), row + 1
+                assert torch.equal(replay.frames[row - 1], frame) and replay.age[row - 1] == t and replay.valid[row - 1] == (t < 20)
+                assert (replay.masks[row - 1].int() - rl.mask_stack(teacher, frame[None])[0, 0].int()).abs().max() <= 1
+                if t < 20:
+                    obs, reward, *_ = env.step(replay.actions[row - 1].numpy())
+                    total += reward
+                    assert replay.rewards[row - 1].item() == pytest.approx(reward) and replay.dones[row - 1] == 0
+            assert table[2 * episode + i] == (str(40 + 40 * episode), str(episode), str(i), total)
+    assert len(table) == 4 and replay.n.tolist() == [43, 43] and replay.capacity >= 43
+
+
+def test_who_acts_and_what_is_learned_from(looped):
+    """At first chance, then the policy's samples; two updates a step, on a replay that lacks this step, or, in the textbook's order, has it."""
+    _, replay, learned_from, acted, order = looped
+    assert [mean for _, mean in acted] == [False] * 20
+    first = gym.vector.utils.batch_space(gym.spaces.Box(-1, 1, (1,), np.float32), 2)
+    first.seed(1)
+    actions = replay.actions.view(2, -1, 1).transpose(0, 1)
+    np.testing.assert_array_equal(actions[:20], np.stack([first.sample() for _ in range(20)]))
+    np.testing.assert_array_equal(actions[21:41], np.stack([action for action, _ in acted]))  # 20: an episode's last frame
+    steps = range(20, 40) if order == "overlap" else range(21, 41)
+    assert learned_from == [[1 + k + k // 20] * 2 for k in steps for _ in range(2)]  # frames: each episode has one more than steps
 
 
 def test_what_is_observed_is_masked():
