@@ -1,5 +1,6 @@
 """Phases I and II as they train: what a teacher and a student learn in a minute, from what, and whether the figures are those of their masks."""
 
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_what_the_student_is_taught(tmp_path, monkeypatch, kind):
     given, augment = [], phase2.augment
     monkeypatch.setattr(phase2, "augment", lambda *args: (given.append(args), augment(*args))[1])
     phase2.main(phase2.Args(env="walker_walk", maskers=".", steps=4, batch_size=8, shift=2, augmentation=kind, overlay_images=20))
+    assert json.loads(next(Path("runs").glob("*/args.json")).read_text())["learning_rate"] == 1e-2  # of so short a schedule
     shown, masks, moved = windows(frames, 2), windows(teacher(frames.float()).sigmoid().unsqueeze(1), 2), []
     for obs, target, _, asked in given:
         for b in range(8):
