@@ -26,6 +26,7 @@ METHODS = {  # the README's ablations, with their names in the tables
     "talas": "TaLaS",
     "talas_mix": "TaLaS, mix",
     "symmetric": "symmetric TaLaS",
+    "symmetric_mix": "symmetric TaLaS, mix",
     "teacher": "TaLaS without Phase II",
     "figure2": "TaLaS, teacher on the clean view",
     "sada": "SADA's update",

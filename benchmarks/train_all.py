@@ -31,6 +31,7 @@ VARIANTS = {  # the README's ablations
     "talas": "",
     "talas_mix": "--augmentation mix",
     "symmetric": "--actor-judge own",
+    "symmetric_mix": "--actor-judge own --augmentation mix",
     "teacher": "--masker teacher",
     "figure2": "--clean-masker teacher",
     "sada": "--masker none",
@@ -44,7 +45,7 @@ class Args:
     envs: tuple[str, ...]
     """tasks"""
     seeds: tuple[int, ...] = (1,)  # a run for each task and variant
-    variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, teacher, figure2, sada, svea, sac: README's ablations
+    variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, symmetric_mix, teacher, figure2, sada, svea, sac
     flags: str = ""  # what every run is given besides, as one string with an equals sign: --flags="--total-timesteps 100000 --encoder small"
     jobs: int = 2  # runs at a time; each computes with an equal share of the cores, but for its evaluations
     memory: float = 20.0  # GB that all runs may take together
