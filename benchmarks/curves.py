@@ -40,9 +40,9 @@ def draw(path: Path, window: int = 5) -> None:
             if row["run"] == label:
                 points.setdefault(row["figure"], []).append((float(row["step"]), float(row["value"])))
         steps, returns = np.array(points.pop("train_return", [])).reshape(-1, 2).T
-        w = min(window, len(steps)) or 1  # a short run has fewer episodes
+        w = window if len(steps) >= 2 * window else 1  # of a short run, each episode
         smooth = np.convolve(returns, np.ones(w) / w, mode="valid") if len(steps) else returns
-        line = axes.plot(steps[w - 1 :], smooth, alpha=0.6, label=f"{label}: training episodes, mean of {w}")[0]
+        line = axes.plot(steps[w - 1 :], smooth, alpha=0.6, label=f"{label}: training episodes" + f", mean of {w}" * (w > 1))[0]
         means = {name.split("/")[1]: values for name, values in points.items() if name.endswith("/return_mean")}
         for (setting, values), style in zip(means.items(), ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False):
             axes.plot(*zip(*values, strict=True), style, color=line.get_color(), label=f"{label}: mean policy, {setting}")
