@@ -302,12 +302,13 @@ def test_a_vector_environment_leaves_the_process_that_makes_it_as_it_was():
         ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_parents_end))  # PR_GET_PDEATHSIG
         return torch.get_num_threads(), signal.getsignal(signal.SIGINT), signal_at_parents_end.value
 
-    threads = torch.get_num_threads()
+    threads, handler = torch.get_num_threads(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's ignores it
     torch.set_num_threads(2)
     before = state()
     gym.vector.AsyncVectorEnv([partial(envs.make_env_in_worker, "cartpole_swingup")], context="spawn").close()
     assert state() == before == (2, signal.default_int_handler, 0)
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tmp_path, monkeypatch):
