@@ -164,10 +164,11 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # runs that start together wait here for one another: the masker is made once
             begun = (folder / "teacher.pt").is_file()  # perhaps by hand, with a prompt of one's own
-            if begun and not path.is_file() and not (folder / "frames.npz").is_file():
+            due = ("talas_phase1.py",) * (not begun) + ("talas_phase2.py",) * (which == "student")
+            scripts = () if path.is_file() else due
+            if scripts == ("talas_phase2.py",) and not (folder / "frames.npz").is_file():
                 raise UserError(f"{folder}: teacher.pt without frames.npz, which Phase II needs; copy that too, or delete the teacher")
-            scripts = ("talas_phase1.py",) * (not begun) + ("talas_phase2.py",) * (which == "student")
-            for script in () if path.is_file() else scripts:
+            for script in scripts:
                 names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if script == "talas_phase1.py" else ())
                 flags = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name))]
                 print(f"$ python {script} {' '.join(flags)}", flush=True)

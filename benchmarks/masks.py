@@ -16,7 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import machine, replace_rows
-from envs import UserError, cpu_has_bf16, load_tensors, resolve_env_id
+from envs import UserError, cpu_has_bf16, load_tensors, resolve_env_id, write_image
 from talas_phase2 import Masker, predict
 
 
@@ -68,7 +68,7 @@ def main(args: Args) -> None:
                 figures.append(row | common)
         replace_rows(Path(f"{args.output}.csv"), "env", figures)
     sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    cv2.imwrite(f"{args.output}.png", cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    write_image(Path(f"{args.output}.png"), cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
     print(f"written: {args.output}.png, {args.output}.csv")
 
 

@@ -16,7 +16,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import with_media
-from envs import Setting, UserError, make_env, mask_iou
+from envs import Setting, UserError, make_env, mask_iou, write_image
 from talas_asymmetric_sac import Agent, load_agent, observe
 
 
@@ -69,7 +69,7 @@ def main(args: Args) -> None:
     with Path(f"{args.output}.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["setting", "masks", "episode", "return", "iou"], *table])
     sheet = np.concatenate([np.concatenate(roll(agent, run, prompt, setting, 0, False)[2], 2) for setting in args.drawn], 1)
-    cv2.imwrite(f"{args.output}.png", cv2.resize(sheet.transpose(1, 2, 0)[..., ::-1], None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    write_image(Path(f"{args.output}.png"), cv2.resize(sheet.transpose(1, 2, 0)[..., ::-1], None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
     print(f"written: {args.output}.csv, {args.output}.png")
 
 
