@@ -571,13 +571,13 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
     for path in states:
         try:
             state = envs.load_tensors(path)
+            if any(not torch.equal(weight.cpu(), state["agent"][f"masker.{key}"]) for key, weight in masker_weights.items()):
+                raise UserError(f"{path} is of another masker than --masker-path's; put back the one that the run began with")
             replay.n.zero_()
             replay.valid.zero_()
             for part in sorted(folder.glob("[0-9]*.replay.pt")):
                 if part.name[:10] <= path.name[:10]:
                     replay.restore(envs.load_tensors(part))
-            if any(not torch.equal(weight.cpu(), state["agent"][f"masker.{key}"]) for key, weight in masker_weights.items()):
-                raise UserError(f"{path} is of another masker than --masker-path's; put back the one that the run began with")
             agent.load_state_dict(state["agent"])
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)

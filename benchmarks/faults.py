@@ -23,6 +23,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import envs
+
 SCRIPT = str(Path(__file__).parents[1] / "talas_asymmetric_sac.py")
 CHEAP = [
     "--env=cartpole_swingup",
@@ -141,7 +144,7 @@ def main(args: Args) -> None:
     path = Path(args.output) / "faults.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.is_file() else {}  # the half that was not run now stays
-    path.write_text(json.dumps(before | result, indent=2))
+    envs.write_json(path, before | result)
     print(f"written: {path}")
     grown = [key for key, value in result.items() if "over first" in key and abs(value - 1) > 0.02]
     if grown or not result.get("kills/end as if nothing had happened", 1):

@@ -6,7 +6,6 @@
 The masker and the agent have random weights: how long they take does not depend on what they have learned. Writes <output>/<device>.json.
 """
 
-import json
 import multiprocessing
 import os
 import platform
@@ -27,7 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import UserError, cpu_has_bf16, list_videos, load_photographs, make_env, make_env_in_worker, read_video, set_up_torch
+from envs import UserError, cpu_has_bf16, list_videos, load_photographs, make_env, make_env_in_worker, read_video, set_up_torch, write_json
 
 
 @dataclass
@@ -246,7 +245,7 @@ def main(args: Args) -> None:
         print(f"{key:<72}" + (f"{value:10.3f}" if key.startswith(("ratio", "replay/GB")) else f"{value * 1e3:10.2f} ms"))
     path = Path(args.output) / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2))
+    write_json(path, result)
     print(f"written: {path}")
     env.close()
 

@@ -1,5 +1,7 @@
 """Phases I and II as they train: what a teacher and a student learn in a minute, from what, and whether the figures are those of their masks."""
 
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -116,6 +118,52 @@ def test_what_the_student_is_taught(tmp_path, monkeypatch, kind):
             assert (masks[n, 0, row, column] - target[b, 0]).abs().max() < 0.02 and asked == kind  # bytes, perhaps of bf16
             moved.append((row, column) != (2, 2))
     assert masks.std() > 0.05 and sum(moved) in range(11, 17) and not any(moved[b] for b in range(32) if b % 8 < 4)
+
+
+class Enough(Exception):
+    """Enough steps were seen."""
+
+
+@pytest.mark.parametrize(
+    ("phase", "steps", "default", "peak"),
+    [(phase1, 30, None, 5e-3), (phase2, None, 30, 1e-2), (phase2, None, 5000, 1e-2), (phase2, None, 5001, 4e-3)],
+)
+def test_how_fast_the_phases_learn(tmp_path, monkeypatch, phase, steps, default, peak):
+    """One cycle of Adam: from a 25th of the peak up for a tenth of the steps, and down to nothing; as many as the task wants if nobody says; no
+    gradient longer than 0.2."""
+    monkeypatch.chdir(tmp_path)
+    rates, norms, adam = [], [], torch.optim.Adam.step
+
+    def step(self, *args):
+        if default and len(rates) == 31:
+            raise Enough
+        rates.append(self.param_groups[0]["lr"])
+        norms.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item())
+        return adam(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    if default:
+        monkeypatch.setitem(envs.TASKS, "walker_walk", dataclasses.replace(envs.TASKS["walker_walk"], student_steps=default))
+    rng = np.random.default_rng(1)
+    frames, masks = rng.integers(256, size=(8, 3, 84, 84), dtype=np.uint8), rng.random((8, 84, 84)) < 0.5
+    if phase is phase1:
+        monkeypatch.setattr(phase1, "collect", lambda *_: {"clean": frames, "masks": masks})
+        args = phase1.Args(env="walker_walk", frames=8, steps=steps, batch_size=4, overlay_images=10, reconstruction_coef=100)
+        phase1.train(args, "the walker", {}, torch.device("cpu"), False, None)
+    else:
+        state = phase2.Masker().state_dict()
+        state["head.weight"] *= 300  # sure of everything, and of something else where a photograph lies
+        envs.save_tensors(Path("teacher.pt"), {"env_id": "walker_walk", "image_size": 84, "prompt": "", "state_dict": state})
+        np.savez("frames.npz", train_frames=frames, test_clean=frames, test_masks=masks)
+        with contextlib.suppress(Enough):
+            phase2.main(phase2.Args(env="walker_walk", maskers=".", steps=steps, batch_size=4, overlay_images=10))
+    assert rates[0] == pytest.approx(peak / 25)
+    if steps or default == 30:
+        assert len(rates) == 30 and rates[2] == max(rates) == pytest.approx(peak) and rates == rates[:3] + sorted(rates[3:], reverse=True)
+        assert rates[-1] < peak / 1e5
+    else:
+        assert len(rates) == 31 and rates == sorted(rates) and rates[-1] < 1.3 * rates[0]  # thousands are to come
+    assert max(norms) == pytest.approx(0.2, abs=1e-4)  # these begin at many times that
 
 
 def test_a_clip_is_of_its_prompt_and_seed():

@@ -378,6 +378,17 @@ def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
     assert not list(folder.rglob("*.state.pt")) and not list(folder.glob("*.pt")) and not list(folder.rglob(".*"))
 
 
+def test_a_replay_that_cannot_be_had(tmp_path):
+    """In an address space of 30 GB, which holds the scripts' libraries and not 28 TB of frames: a line, before any run folder."""
+    args = ["--env=cartpole_swingup", "--masker=none", "--device=cpu", "--total-timesteps=1000000000", "--replay-size=1000000000"]
+    limit = partial(resource.setrlimit, resource.RLIMIT_AS, (30 * 10**9, 30 * 10**9))
+    command = [sys.executable, str(ROOT / f"{RL}.py"), *SMALL, *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, preexec_fn=limit)
+    assert done.returncode == 1 and "too much; give a smaller --replay-size" in done.stdout
+    assert done.stderr == "error: --replay-size 1,000,000,000: 28245.0 GB cannot be had on cpu; give a smaller one\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_curves_that_cannot_be_written_cost_only_themselves(tmp_path):
     """TensorBoard opens its file by name for every write; a folder of that name stands for a disk that does not take it."""
     args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train"]

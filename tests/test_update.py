@@ -338,6 +338,15 @@ def test_each_learning_rate_is_its_own(which, moved):
     assert {name.split(".")[0] for name, value in weights(agent).items() if not torch.equal(value, before[name])} == moved
 
 
+def test_the_temperatures_momentum_is_half():
+    """Adam with β1 = 0.5 takes a step of one learning rate, and for the opposite gradient a third of one back (with 0.9, a nineteenth)."""
+    agent = make_agent(alpha_lr=0.1, init_alpha=1.0)
+    for gradient, expected in ((1.0, -0.1), (-1.0, -0.1 + 0.1 / 3)):
+        agent.log_alpha.grad = torch.tensor(gradient)
+        agent.alpha_optimizer.step()
+        assert agent.log_alpha.item() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "size"), [("sada", 39_200), ("medium", 8_192), ("small", 2_048)])
 def test_a_new_agent(kind, size):
     """The encoder's size and orthogonal start, and a target that starts as the critic; no weights but these are drawn anew."""
@@ -735,6 +744,20 @@ def test_who_acts_and_what_is_learned_from(looped):
     assert learned_from == [[1 + k + k // 20] * 2 for k in steps for _ in range(2)]  # frames: each episode has one more than steps
 
 
+def test_replay_keeps_what_it_is_asked_to(tmp_path, monkeypatch):
+    """Of 130 steps in seven episodes, 137 frames, the newest hundred."""
+    monkeypatch.chdir(tmp_path)
+    sampled, sample = [], rl.Replay.sample
+    monkeypatch.setattr(rl.Replay, "sample", lambda self, n: (sampled.append(self), sample(self, n))[1])
+    args = {"masker": "none", "critic_views": "clean", "actor_views": "clean", "eval_settings": ("train",), "eval_episodes": 1, "replay_size": 100}
+    args |= {"total_timesteps": 130, "learning_starts": 129, "updates_per_step": 0.1, "action_repeat": 50}
+    rl.main(rl.Args(env="cartpole_swingup", **SMALL | args))
+    replay = sampled[-1]
+    assert replay.capacity == len(replay.frames) == 100 and replay.n.tolist() == [137]
+    first = [n % 100 for n in range(37, 137) if n % 21 == 0]
+    assert (replay.age == 0).nonzero().squeeze(1).tolist() == sorted(first)
+
+
 def test_what_is_observed_is_masked():
     """By the masker that is handed over, frame by frame: what acts, and what lies in replay, an ended episode's last observation as well."""
     masker, rng = make_masker(), np.random.default_rng(5)
@@ -993,7 +1016,8 @@ def test_a_state_that_cannot_be_used_leaves_nothing_in_replay(tmp_path):
         live(*run, 5 if step == 50 else 1)
         rl.save_state(tmp_path, rl.Progress(step=step, frames=run[1].n.tolist()), *run, before)
     path = tmp_path / "0000000060.state.pt"
-    envs.save_tensors(path, envs.load_tensors(path) | {"agent": {}})
+    state = envs.load_tensors(path)
+    envs.save_tensors(path, state | {"agent": {key: value for key, value in state["agent"].items() if key.startswith("masker.")}})
     other = make_run(2, capacity=200)
     assert rl.load_state(tmp_path, *other).step == 50
     assert other[1].n.tolist() == [55] and other[1].valid.nonzero().squeeze(1).tolist() == [i for i in range(55) if i % 11 != 10]
