@@ -177,12 +177,12 @@ class Task:
 
     loader: Literal["suite", "unitree", "adroit"]
     repeat: int  # control steps per agent step
-    steps: int  # agent steps per episode
+    steps: int  # agent steps per episode; times `repeat`, no more than the simulator's own limit, or an episode would hold two of its
     camera: int | str
     prompt: str  # the default prompt of Phase I
     mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow, more of the thin string
-    vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model, see TalasEnv._lookup
-    hold: int = 0  # an episode counts as a success when its goal holds for more than so many control steps (Adroit)
+    vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model; "x+", or a * at its end, with all bodies below it
+    hold: int = 0  # an episode is a success when its goal holds for more than so many control steps (Adroit); 0: none is reported
     student_steps: int = 5000  # gradient steps of Phase II by default: the A1, large in its picture, needs fewer, a thin pole or string more
 
 
@@ -232,7 +232,8 @@ def task_row(env_id: str) -> Task:
 
 
 # ---------------------------------------------------------------------------------------------------- the three loaders
-# A loader is a simulated task without pixels: `model`, `data`, `action_size` and the methods of SuiteTask. All chance is in the `rng` it is handed.
+# A loader is a simulated task without pixels: `model`, `data`, `action_size` and SuiteTask's methods. All chance is in reset's `rng`, and what it
+# changes in the model is in TalasEnv.EPISODE_FIELDS.
 class Textured:
     """What the suite and the A1 have in common: a sky and a ground texture, and no proprioception."""
 
@@ -254,7 +255,7 @@ class Textured:
             texture(self.model, name)[:] = texture(drawn, name)
 
     def hold(self) -> np.ndarray:
-        return np.zeros(self.action_size)  # the action to settle a state with
+        return np.zeros(self.action_size)  # the action to settle a state with: no torque
 
     def proprio(self) -> np.ndarray:
         return np.zeros(0, np.float32)
@@ -281,7 +282,7 @@ class SuiteTask(Textured):
     def step(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
         """One control step of an action in [-1, 1]. Returns (reward, terminated, info)."""
         timestep = self.env.step(self.low + (action + 1) / 2 * (self.high - self.low))
-        return float(timestep.reward or 0), timestep.discount == 0, {}
+        return float(timestep.reward or 0), timestep.discount == 0, {}  # None: past its time limit dm_control begins a new episode by itself
 
 
 # RL-ViGen's A1. Position targets (rad) per leg (abduction, hip, knee), legs FR, FL, RR, RL; the walk's reference targets q0; the stand's start.
@@ -636,7 +637,7 @@ class TalasEnv(gym.Env):
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """One agent step: `repeat` control steps of one action, rewards summed. A time limit truncates; it never terminates."""
-        action = np.clip(np.asarray(action, np.float64), -1, 1)
+        action = np.clip(np.asarray(action, np.float64), -1, 1)  # replay has it unclipped: a policy has to keep to [-1, 1] itself
         reward, terminated = 0.0, False
         for _ in range(self.repeat):
             step_reward, terminated, info = self.task.step(action)
@@ -666,7 +667,7 @@ class TalasEnv(gym.Env):
             RENDERERS.add(self._renderer)
             atexit.unregister(close_renderers)
             atexit.register(close_renderers)  # last in, first out: after this renderer's start, so before EGL's own end
-        # Twice for an infinite plane, which MuJoCo lays out around the camera of the update before: a frame would depend on history.
+        # Twice for an infinite plane (the A1's), which MuJoCo lays out around the camera of the update before: a frame would depend on history.
         for _ in range(2 if self.row.loader == "unitree" else 1):
             self._renderer.update_scene(self.data, self.row.camera, option)
         return self._renderer.render()
@@ -765,7 +766,7 @@ def mask_iou(pred: np.ndarray, true: np.ndarray, tolerance: int = 0) -> np.ndarr
 # ------------------------------------------------------------------------------------------ photographs and augmentations
 MAX_PIXELS = PIL.Image.MAX_IMAGE_PIXELS = 50_000_000  # of a photograph or of a video's frame
 PHOTO_SIZE = 128  # photographs are kept a little larger than an observation, so that a random crop still has detail
-Augmentation = Literal["overlay", "swap", "mix"]
+Augmentation = Literal["overlay", "swap", "mix"]  # swap and mix need a mask, and so a masker: talas_asymmetric_sac.py's main looks to that
 
 
 def load_photographs(folder: str | None, count: int, seed: int, part: Literal["all", "train", "test"] = "all") -> torch.Tensor:
@@ -834,7 +835,7 @@ def beside_any(chosen: torch.Tensor) -> torch.Tensor:
 
 
 def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, kind: Augmentation, alpha: float = 0.5) -> torch.Tensor:
-    """The strong augmentation τ of a stack, one photograph I (and one kind) per sample, the same over its k frames. Uses torch's global generator.
+    """The strong augmentation τ of a stack, one photograph I (of mix, one kind) per sample, the same over its k frames. Uses torch's generator.
 
     overlay (the paper's):  τ(o) = (1 - α) o + α I
     swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
@@ -843,7 +844,7 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
                             dark seams of keying: no photograph where the agent covers a part of a pixel. Not everything in its colours is the
                             agent: three photographs of ten are shifted to its mean colour
 
-    obs: (B, 3k, H, W) uint8 or float in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns (B, 3k, H, W) in [0, 255], float.
+    obs: (B, 3k, H, W) uint8, fp32 or (under autocast) bf16 in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns obs's shape, float.
     """
     batch, size, device = len(obs), obs.shape[-1], obs.device
     frames = (obs if obs.is_floating_point() else obs.float()).unflatten(1, (-1, 3))  # (B, k, 3, H, W)
@@ -853,7 +854,7 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     keep = mask.to(frames.dtype)  # (B, k, H, W)
     if kind == "swap":
         return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
-    u, patched, banded, seamed, tinted = (torch.rand(batch, 1, 1, 1, device=device) for _ in range(5))
+    which, patched, banded, seamed, tinted = (torch.rand(batch, 1, 1, 1, device=device) for _ in range(5))
     agent, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
     recolour = agent / area.clamp(min=1) - image.mean((1, 3, 4))
     tint = (tinted.view(batch, 1) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident
@@ -868,9 +869,9 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     kept = torch.where(patched < 0.5, patches, lines & (patched < 0.8))  # of the scene
     keep = torch.maximum(keep, kept.to(keep.dtype))
     hide = torch.where(seamed < 0.8, (keep > 0.05).to(keep.dtype), keep)  # where no photograph is: what is half the agent's isn't exactly black
-    # Each kind is one mixture of frames and photograph, its two weights the same for red, green and blue: 1, 0; 1 - α, α; m, 1 - m.
-    of_frames = torch.where(u < 0.1, 1, torch.where(u < 0.5, 1 - alpha, keep)).unsqueeze(2)
-    of_image = torch.where(u < 0.1, 0, torch.where(u < 0.5, alpha, 1 - hide)).unsqueeze(2)
+    # Each of the three is one mixture of frames and photograph, its two weights the same for red, green and blue: 1, 0; 1 - α, α; m, 1 - m.
+    of_frames = torch.where(which < 0.1, 1, torch.where(which < 0.5, 1 - alpha, keep)).unsqueeze(2)
+    of_image = torch.where(which < 0.1, 0, torch.where(which < 0.5, alpha, 1 - hide)).unsqueeze(2)
     return (frames * of_frames).addcmul_(image, of_image).flatten(1, 2)
 
 

@@ -59,18 +59,18 @@ from envs import Augmentation, Setting, UserError, augment, make_env, mask_iou
 class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
     seed: int = 1  # seeds everything: episodes, network, exploration, batches
-    total_timesteps: int = 500_000  # agent steps, one action each; simulator frames are this times the action repeat
+    total_timesteps: int = 500_000  # agent steps, one action each; control steps are this times the action repeat
     action_repeat: int | None = None  # control steps per action; by default the task's own (cartpole 8, finger, Adroit and Unitree 2, others 4)
     reward: Literal["dense", "sparse"] = "dense"  # Adroit: the shaped reward, corrected and scaled, or the sparse one, which needs demonstrations
 
-    # the method and its ablations (README has the table of what each combination is)
+    # the method and its ablations (README has the table; benchmarks/evaluate.py's METHOD and train_all.py's VARIANTS name runs by these flags)
     masker: Literal["student", "teacher", "none"] = "student"  # who masks the augmented view, and all at evaluation; none: whole frames
     clean_masker: Literal["student", "teacher"] | None = None
     """who masks the clean view and what the policy sees while it collects; by default the same masker. The page's Figure 2 draws the teacher here"""
     actor_views: Literal["clean", "both"] = "both"  # views that the actor is trained on
     actor_judge: Literal["clean", "own"] = "clean"  # by which view's Q an action is judged: the clean one (asymmetric), or its own (symmetric)
     critic_views: Literal["clean", "both"] = "both"  # views that the critic is trained on
-    augmentation: Augmentation = "overlay"  # τ. overlay: the paper's; swap: the agent pasted on a photograph; mix: both, and clean frames
+    augmentation: Augmentation = "overlay"  # τ of the update, see envs.augment; the student had talas_phase2.py's own --augmentation
     masker_path: str | None = None  # folder with student.pt and teacher.pt; by default runs/maskers/<env>, made there by Phases I and II if missing
 
     # soft actor-critic: DMC-GB2's SADA unless said otherwise
@@ -82,12 +82,12 @@ class Args:
     alpha_lr: float = 5e-4  # Adam's learning rate for the entropy temperature (β1 0.5, which is SVEA's)
     init_alpha: float = 0.1  # the entropy temperature at the start
     gamma: float = 0.99  # discount per agent step
-    tau: float = 0.01  # the target critic moves this share of the way at each update
+    tau: float = 0.01  # the target critic moves this share of the way at each update (no relation of the augmentation τ)
     shift: int = 4  # random shift of replayed observations, pixels (DrQ)
     encoder: Literal["sada", "medium", "small"] = "sada"
     """sada: four 3×3 convolutions, the first with stride 2; medium: the second as well, a third of the cost; small: 4×4 patches first, a tenth"""
     hidden_dim: int = 1024  # width of the actor's and the critics' two hidden layers
-    replay_size: int = 500_000  # frames kept; memory is taken as it fills (a GPU's at once), 21 KB a frame and 7 KB for its mask
+    replay_size: int = 500_000  # frames kept, one per agent step; memory is taken as it fills (a GPU's at once), 28 KB each with the mask
 
     # media
     distractors: str | None = None  # folder in DMControl-GB's layout for the video and colour settings; or set TALAS_DISTRACTORS
@@ -163,10 +163,10 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
         print("(on two cores ten minutes or so; for cartpole's and the cup's students half an hour)", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # runs that start together wait here for one another: the masker is made once
-            begun = (folder / "teacher.pt").is_file()  # perhaps by hand, with a prompt of one's own
-            due = ("talas_phase1.py",) * (not begun) + ("talas_phase2.py",) * (which == "student")
-            scripts = () if path.is_file() else due
-            if scripts == ("talas_phase2.py",) and not (folder / "frames.npz").is_file():
+            have_teacher = (folder / "teacher.pt").is_file()  # perhaps made by hand, with a prompt of one's own
+            due = [("talas_phase1.py", not have_teacher), ("talas_phase2.py", which == "student")]
+            scripts = [script for script, needed in due if needed and not path.is_file()]  # none, if another run has just made it
+            if scripts == ["talas_phase2.py"] and not (folder / "frames.npz").is_file():
                 raise UserError(f"{folder}: teacher.pt without frames.npz, which Phase II needs; copy that too, or delete the teacher")
             for script in scripts:
                 names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if script == "talas_phase1.py" else ())
@@ -192,7 +192,7 @@ def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
     """(B, 3k, H, W) frames in [0, 255] -> (B, k, H, W) uint8 masks, 255 ψ(o): every frame of the stack on its own."""
     if masker is None:
         return torch.full_like(stack[:, ::3], 255, dtype=torch.uint8)
-    frames = stack.reshape(-1, 3, *stack.shape[2:]).to(masker.stem.weight.dtype)  # bytes are exact in bf16
+    frames = stack.reshape(-1, 3, *stack.shape[2:]).to(masker.stem.weight.dtype)  # a camera's bytes are exact in bf16
     chunk = 96 if stack.device.type == "cpu" else len(frames)  # what a processor's cache holds: a sixth faster than 384 frames at once
     logits = torch.cat([masker(part) for part in frames.split(chunk)])
     return (logits.sigmoid() * 255).round().byte().unflatten(0, (len(stack), -1))
@@ -269,14 +269,14 @@ class Actor(nn.Module):
         self.apply(orthogonal)
 
     def forward(self, z: torch.Tensor, proprio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A sampled action (B, A), its log π (B,), and the mean action (B, A); all in [-1, 1]."""
+        """A sampled action (B, A), its log π (B,), and tanh of the mean (B, A); both actions in [-1, 1]."""
         mean, log_std = self.head(torch.cat([self.trunk(z), proprio], 1)).chunk(2, dim=1)
         log_std = -10 + 6 * (torch.tanh(log_std) + 1)  # into [-10, 2]
         noise = torch.randn_like(mean)
-        u = mean + log_std.exp() * noise
-        # log π(tanh u) = log N(u) − Σ log(1 − tanh² u), the last term as 2 (log 2 − u − softplus(−2u)): 1 − tanh² would underflow
-        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - 2 * (math.log(2) - u - F.softplus(-2 * u))
-        return torch.tanh(u), log_prob.sum(1), torch.tanh(mean)
+        x = mean + log_std.exp() * noise
+        # u = tanh x: log π(u) = log N(x) − Σ log(1 − tanh² x), the last term as 2 (log 2 − x − softplus(−2x)): 1 − tanh² would underflow
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - 2 * (math.log(2) - x - F.softplus(-2 * x))
+        return torch.tanh(x), log_prob.sum(1), torch.tanh(mean)
 
 
 class Critic(nn.Module):
@@ -296,7 +296,7 @@ class Critic(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ the update
 @dataclass
 class Batch:
-    """Transitions as replay returns them."""
+    """Transitions, in the order in which Replay.sample fills them and graphed hands them on."""
 
     obs: torch.Tensor  # (B, 9, 84, 84) uint8, whole frames
     mask: torch.Tensor  # (B, 3, 84, 84) uint8, 255 ψ(o)
@@ -330,7 +330,7 @@ class Agent(nn.Module):
         self.masker = masker and masker.to(self.dtype)  # the deployed one, frozen: cast once
 
     def autocast(self) -> torch.autocast:
-        """bf16 where asked for. A context for each step of an optimiser: weights that were cast before it are not used after it."""
+        """bf16 where asked for. A context keeps the weights that it has cast, so there is a new one after every step of an optimiser."""
         return torch.autocast(self.log_alpha.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
     def views(self, obs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -406,7 +406,7 @@ class Agent(nn.Module):
 
 
 def graphed(agent: Agent) -> Callable[[Batch], dict[str, torch.Tensor]]:
-    """agent.update as one CUDA graph: one launch instead of a thousand. A graph reads tensors, so a batch is handed to it field by field."""
+    """agent.update as one CUDA graph: one launch instead of a thousand. It reads tensors, field by field; a Python number stays as captured."""
     from tensordict.nn import CudaGraphModule  # takes a second or two
 
     graph = CudaGraphModule(lambda *fields: agent.update(Batch(*fields)), warmup=4)
@@ -435,7 +435,7 @@ class Replay:
         self.frames, self.masks = empty(rows, 3, *size, dtype=torch.uint8), empty(rows, *size, dtype=torch.uint8)
         self.proprio, self.actions, self.rewards, self.dones = empty(rows, proprio_dim), empty(rows, action_dim), empty(rows), empty(rows)
         self.age = torch.zeros(rows, dtype=torch.int64)  # how many frames of its episode came before this one
-        self.valid = torch.zeros(rows, dtype=torch.bool)  # does a whole transition start here?
+        self.valid = torch.zeros(rows, dtype=torch.bool)  # does a whole transition start here? Never at an episode's last frame
         self.n = torch.zeros(num_envs, dtype=torch.int64)  # frames ever written
 
     def _move(self, row: int | torch.Tensor, by: int | torch.Tensor) -> int | torch.Tensor:
@@ -474,7 +474,7 @@ class Replay:
             store[rows.to(store.device)] = written[key].to(store.device)
         self.n.scatter_reduce_(0, env, number + 1, "amax")
         for i, n in enumerate(self.n.tolist()):
-            self.valid[self._move(i * self.capacity, n + torch.arange(self.stack - 1))] = False  # as add_frame does
+            self.valid[self._move(i * self.capacity, n + torch.arange(self.stack - 1))] = False  # as adding frame n - 1 did
 
     def _stacks(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stacks (B, 3k, H, W), masks (B, k, H, W) and proprioception of frames by row; before an episode's first frame stands that frame."""
@@ -486,8 +486,8 @@ class Replay:
     def sample(self, batch_size: int) -> Batch:
         valid = self.valid.nonzero().squeeze(1)
         rows = valid[torch.randint(len(valid), (batch_size,))]
-        here, next_rows = rows.to(self.frames.device), self._move(rows, 1)
-        return Batch(*self._stacks(rows), self.actions[here], self.rewards[here], self.dones[here], *self._stacks(next_rows))
+        on_device, next_rows = rows.to(self.frames.device), self._move(rows, 1)
+        return Batch(*self._stacks(rows), self.actions[on_device], self.rewards[on_device], self.dones[on_device], *self._stacks(next_rows))
 
 
 def remember(replay: Replay, actions, obs, rewards, terminated, truncated, info: dict, masker: Masker | None) -> tuple[torch.Tensor, ...]:
@@ -554,7 +554,7 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
     envs.save_tensors(folder / f"{progress.step:010}.replay.pt", replay.written_since(before))
     state = {"progress": asdict(progress), "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
     # All the chance there is in this process; episodes draw theirs from (seed, episode).
-    cuda = agent.log_alpha.device if agent.log_alpha.is_cuda else None
+    cuda = replay.frames.device if replay.frames.is_cuda else None
     state |= {"torch": torch.get_rng_state(), "cuda": cuda and torch.cuda.get_rng_state(cuda), "actions": actions.np_random.bit_generator.state}
     envs.save_tensors(folder / f"{progress.step:010}.state.pt", state)
     states = sorted(folder.glob("[0-9]*.state.pt"))
@@ -582,8 +582,8 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
             torch.set_rng_state(state["torch"])
-            if agent.log_alpha.is_cuda and state["cuda"] is not None:
-                torch.cuda.set_rng_state(state["cuda"], agent.log_alpha.device)
+            if replay.frames.is_cuda and state["cuda"] is not None:
+                torch.cuda.set_rng_state(state["cuda"], replay.frames.device)
             actions.np_random.bit_generator.state = state["actions"]
             for newer in folder.iterdir():
                 if newer.name[:10] > path.name[:10]:
@@ -728,7 +728,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     clean_masker = clean_masker and clean_masker.to(agent.dtype)  # as the agent did with its own
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs) // args.num_envs
     free = free_memory(device)
-    size = args.num_envs * capacity * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 17) / 1e9  # frame, mask; proprio, action; book-keeping
+    size = args.num_envs * capacity * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 17) / 1e9  # bytes by Replay.STORES; 17 = 4 + 4 + 8 + 1
     print(f"replay: at most {size:.1f} GB, as it fills, of {free:.1f} GB free" + (": too much; give a smaller --replay-size" if size > free else ""))
     try:
         replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
@@ -780,7 +780,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             raise UserError(f"step {progress.step}: {what} is infinite or not a number; what it came from is in {run}/not_finite.pt")
 
     def learn() -> None:
-        """The updates that are due after `step` agent steps."""
+        """The updates that are due after progress.step agent steps."""
         while progress.updates < int(args.updates_per_step * (progress.step - learning_starts)):
             batch = replay.sample(args.batch_size)
             metrics = update(batch)
@@ -794,7 +794,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                         writer.add_scalar(key, value.item(), progress.step)
                     writer.add_scalar("charts/SPS", progress.step / (time.time() - began - progress.evaluating), progress.step)
 
-    print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} frames")
+    print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} control steps")
     print(f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}")
     print(f"going on from step {progress.step:,}" if progress.step else "from the beginning", flush=True)
 
@@ -901,8 +901,8 @@ def main(args: Args, run: Path | None = None) -> None:
     """Train, go on with `run`, or evaluate: what read_args read."""
     if run and (run / "metrics.json").is_file():
         return print(f"{run} came to its end before; nothing to do")
-    if args.masker == "none" and (args.clean_masker or args.augmentation != "overlay"):
-        raise UserError("--masker none: whole frames and overlay only; --clean-masker and --augmentation swap or mix need a --masker")
+    if args.masker == "none" and (args.clean_masker or args.augmentation in ("swap", "mix")):
+        raise UserError("--masker none: --clean-masker and --augmentation swap or mix need a --masker")
     envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
     if args.replay_size < 100 * args.num_envs:
         raise UserError(f"--replay-size {args.replay_size}: has to be at least 100 per environment")

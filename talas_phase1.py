@@ -11,7 +11,7 @@ masker ψ_T, learns to do the same in a fraction of a millisecond.
 Three segmenters turn frames and a prompt into masks. `sim`, the default, looks the prompt's phrases up in the simulator: privileged
 masks, the yardstick that needs no download. `sam` finds each phrase with an open-vocabulary detector and cuts it out with Segment
 Anything. `masks` reads what any other tool made of frames that --export-frames wrote: above all SAMWISE, a video model, the paper's.
-Whoever made them, they lie as <phrase>.../<sequence>/<number>.png, a binary image for each frame: the seam, and the cache.
+Whoever made them, they lie as <phrase>.../<sequence>/<number>.png, a binary image for each frame: the interface, and the cache.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from envs import Setting, TalasEnv, UserError, augment, make_env, mask_iou, mujo
 @dataclass
 class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
-    prompt: str | None = None  # what belongs to the task, in plain English; by default the task's own prompt
+    prompt: str | None = None  # what belongs to the task, in plain English; by default the task's own. With masks: what their IoU is measured against
     segmenter: Literal["sim", "sam", "masks"] = "sim"
     """sim: the simulator's masks, by look-up (privileged); sam: a detector and Segment Anything; masks: another tool's (--masks, --export-frames)"""
     seed: int = 1  # seeds the frames, the network and the batches
@@ -60,14 +60,14 @@ class Args:
     distractors: str | None = None  # folder with DMControl-GB's video_easy/ and video_hard/, only to report IoU on; or set TALAS_DISTRACTORS
     overlay: str | None = None  # folder of photographs, only to report IoU on; or set TALAS_OVERLAY; synthetic images without one
     overlay_images: int = 5000  # how many photographs to sample from the folder
-    output: str | None = None  # where the teacher and its frames go; by default runs/maskers/<env>
+    output: str | None = None  # where teacher and frames go (Phase II's --maskers, the agent's --masker-path); by default runs/maskers/<env>
 
     # the segmenters sam and masks
     segment_frames: int = 1000  # frames to segment, instead of --frames, in whole sequences: rendering them large and the models are slow
     segment_size: int = 512  # pixels, height and width, of what the models see; masks come down to 84 by area
     sequence_length: int | None = None  # consecutive frames in a sequence, of which half begin in spread states; by default 16, with sam 1
     export_frames: str | None = None  # write the frames to this folder, as <sequence>/<number>.png, and stop
-    masks: tuple[str, ...] = ()  # folders of masks, <sequence>/<number>.png, 0 and 255, any size; several are united; name them by their phrases
+    masks: tuple[str, ...] = ()  # folders of masks, <sequence>/<number>.png, 0 and 255, square; several are united; name them by their phrases
     detector: str = "IDEA-Research/grounding-dino-tiny"
     """what grounds phrases as boxes: Grounding DINO or OWLv2 (google/owlv2-base-patch16-ensemble), by its name on the hub or a local folder"""
     box_threshold: float = 0.3  # the detector's confidence from which a box counts (OWLv2 wants about 0.1)
@@ -82,7 +82,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------------------------------ the masker
 class Masker(nn.Module):
-    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. A small U-Net, 40 million multiply-adds a frame.
+    """ψ: an RGB frame to the probability, per pixel, that it belongs to the task. A small U-Net, of which the other two scripts have copies.
 
     Convolutions at 84×84 would cost as much as the agent's encoder, so there are none: the stem halves the picture, and the head gives the four
     pixels of a position at once. Edges need few features; telling a robot from a picture of a room needs depth where it is cheap, at 11×11.
@@ -124,7 +124,7 @@ def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor
 # ------------------------------------------------------------------------------------------------------------ the states to look at
 Kind = Literal["spread", "random", "good", "sequence"]
 
-# Joint ranges (rad, m) by patterns of names. `spread`: for joints without limits; all others take their own. `good`: where a good policy keeps them.
+# Joint ranges (rad, m). `spread`: in place of the joints' own limits, or of none. `good`: a good policy's; other tasks and joints stay as reset.
 SPREAD = {"ball_in_cup_catch": {"cup_x": (-0.25, 0.25), "cup_z": (-0.2, 0.3), "ball_x": (-0.35, 0.35), "ball_z": (-0.15, 0.7)}}
 GOOD = {
     "cartpole_swingup": {"hinge_1": (-0.3, 0.3), "slider": (-0.8, 0.8)},
@@ -162,7 +162,7 @@ def scatter_joints(env: TalasEnv, kind: Literal["spread", "good"], rng: np.rando
             limits = model.jnt_range[j] if model.jnt_limited[j] else (-np.pi, np.pi)
             low, high = np.clip(span or limits, *limits)
             data.qpos[q] = (low + high) / 2 + width * (high - low) * rng.uniform(-0.5, 0.5)
-        height = q if name == "rootz" else height
+        height = q if name == "rootz" else height  # the suite's walkers' and cheetahs'; a slide of another name is not lifted
     if height is not None:  # by its lowest point, over its geoms' boxes (centre, half sizes), along the world's z
         mujoco.mj_kinematics(model, data)
         robot = np.flatnonzero(model.geom_bodyid > 0)
@@ -275,7 +275,7 @@ def collect_clip(args: Args, prompt: str, settings: tuple[Setting, ...], clip: t
     """One clip's frames of n states: {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool, the simulator's}; by setting, how it shows these states;
     and of sequences, by phrase that the simulator knows, its masks (n, H, W) bool."""
     index, kind, n = clip
-    rng = np.random.default_rng([args.seed, len(settings) > 0, index])
+    rng = np.random.default_rng([args.seed, len(settings) > 0, index])  # without settings, training: the same states as export_sequence's
     env, *others = (make_env_once(args.env, setting, args.seed, distractors=args.distractors) for setting in ("train", *settings))
     phrases = [phrase for phrase in envs.parse_prompt(prompt) if phrase in env.vocabulary] if kind == "sequence" else []
     seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *settings)}
@@ -356,7 +356,7 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
         if missing and len(missing) == len(extra):
             raise UserError(f"{where}: misnumbered, {extra[0]} to {extra[-1]} have no frame; frames are {expected[0]} to {expected[-1]}")
         if missing:
-            raise UserError(f"{where}: {len(missing)} of {len(expected)} masks are missing, first {missing[0]} (--segment-frames as when exported?)")
+            raise UserError(f"{where}: {len(missing)} of {len(expected)} masks are missing, first {missing[0]} (--seed, lengths as when exported?)")
         if extra:
             raise UserError(f"{where}: {len(extra)} masks more than frames, first {extra[0]}; the last frame is {expected[-1]}")
         for name in expected:
@@ -440,7 +440,7 @@ def run_sam(args: Args, phrases: list[str], device: torch.device, pool: ProcessP
     return folders
 
 
-def segment(args: Args, prompt: str, device: torch.device, pool: ProcessPoolExecutor, size: int) -> dict[str, np.ndarray]:
+def masks_by_phrase(args: Args, prompt: str, device: torch.device, pool: ProcessPoolExecutor, size: int) -> dict[str, np.ndarray]:
     """The masks m* of sam or of another tool, (n, size, size) bool, by what their folders are named by: a phrase of the prompt."""
     folders = [Path(folder) for folder in args.masks] or run_sam(args, envs.parse_prompt(prompt), device, pool)
     parts: dict[str, np.ndarray] = {}
@@ -450,7 +450,7 @@ def segment(args: Args, prompt: str, device: torch.device, pool: ProcessPoolExec
     found = np.any(list(parts.values()), axis=0).any((1, 2))
     if found.mean() < 0.5:
         where = f"in {len(found) - found.sum()} of {len(found)} frames, see {', '.join(map(str, folders))}"
-        raise UserError(f"--prompt {prompt!r}: nothing was found {where}; try other words, or a lower --box-threshold or --iou-threshold")
+        raise UserError(f"--prompt {prompt!r}: nothing was found {where}; try other words, or a lower --box-threshold, or other --masks")
     return parts
 
 
@@ -459,11 +459,12 @@ def report_segmenter(parts: dict[str, np.ndarray], training: dict[str, np.ndarra
     """How good the segmenter is: by part (a phrase's masks) and together, IoU with the simulator's masks, printed and as figures; and a picture of
     the ten worst frames: frame, what the segmenter keeps, what the simulator does. `training` is collect's."""
     union = np.any(list(parts.values()), axis=0)
-    figures, rows = {}, [(name, masks, training.get(name)) for name, masks in parts.items()] + [("together", union, training["masks"])]
+    of_phrase = training | {"clean": None, "masks": None}  # which a folder may be called as well
+    figures, rows = {}, [(name, masks, of_phrase.get(name)) for name, masks in parts.items()] + [("together", union, training["masks"])]
     print(f"\n{'segmented':<24}{'found':>7}{'IoU with the simulator':>24}")
     for name, masks, true in rows:
         found, iou = float(masks.any((1, 2)).mean()), None if true is None else float(mask_iou(masks, true).mean())
-        print(f"{name:<24}{found:>7.0%}{'–' if iou is None else f'{iou:.3f}':>24}")  # –: not in the simulator's vocabulary
+        print(f"{name:<24}{found:>7.0%}{'–' if iou is None else f'{iou:.3f}':>24}")  # –: not in the prompt, or not in the simulator's vocabulary
         figures |= {f"segmenter/found/{name}": found} | ({} if iou is None else {f"segmenter/iou/{name}": iou})
     worst = np.argsort(mask_iou(union, training["masks"]))[:10]
     frames = training["clean"][worst]
@@ -517,7 +518,7 @@ def main(args: Args) -> None:
         if args.export_frames:
             export_frames(args, Path(args.export_frames), pool)
             return print(f"written: {len(sequence_names(args))} sequences of {args.sequence_length} frames in {args.export_frames}/")
-        parts = {} if args.segmenter == "sim" else segment(args, prompt, device, pool, env.size)
+        parts = {} if args.segmenter == "sim" else masks_by_phrase(args, prompt, device, pool, env.size)
         train(args, prompt, parts, device, bf16, pool)
     finally:
         for process in multiprocessing.active_children():  # whatever they are in the middle of
@@ -544,7 +545,7 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
     training = collect(args, prompt, {"sequence": n} if parts else {"spread": n // 2, "random": n - n // 2}, (), pool)
     overlay = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
     tests = {"clean": tests.pop("clean"), "overlay": overlay, **tests}
-    frames, masks, figures = training["clean"], training["masks"], {}
+    frames, masks, figures = training["clean"], training["masks"], {}  # the simulator's, unless there are others
     if parts:
         figures, masks = report_segmenter(parts, training, run / "worst_masks.png"), np.any(list(parts.values()), axis=0)
         found = masks.any((1, 2))

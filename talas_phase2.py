@@ -44,7 +44,7 @@ class Args:
     shift: int = 4  # random shift of every other frame and target, in pixels: the agent's augmented view is shifted as well (DrQ)
     overlay: str | None = None  # folder of photographs for τ (Places365 in the paper); or set TALAS_OVERLAY; synthetic images without one
     overlay_images: int = 5000  # how many photographs to sample from the folder
-    maskers: str | None = None  # where the teacher and its frames lie and the student goes; by default runs/maskers/<env>
+    maskers: str | None = None  # where teacher and frames lie and the student goes (the agent's --masker-path); by default runs/maskers/<env>
     exp_name: str = "phase2"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     torch_deterministic: bool = True  # use deterministic kernels where torch has them

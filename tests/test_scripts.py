@@ -567,7 +567,7 @@ MISTAKES = [  # script, arguments, what the one line says
     (PHASE1, ["--env=walker_wlak"], "did you mean walker_walk"),
     (PHASE2, ["--env=walker_wlak"], "did you mean walker_walk"),
     (RL, ["--env=walker_walk", "--masker-path=nowhere"], "no such masker"),
-    (RL, [*NO_MASKER, "--augmentation=swap"], "overlay only"),
+    (RL, [*NO_MASKER, "--augmentation=swap"], "swap or mix need a --masker"),
     (RL, [*NO_MASKER, "--clean-masker=teacher"], "--clean-masker"),
     (RL, [*NO_MASKER, "--overlay=nowhere"], "nowhere: no such folder"),
     (RL, [*NO_MASKER, "--distractors=.", "--eval-settings", "video_hard"], "video_hard/"),

@@ -197,8 +197,8 @@ def test_masks_of_one_phrase_by_two_tools_are_united(exported, monkeypatch):
     for folder, source in (("one/hammer", "the_hand"), ("two/the_hammer", "the_hammer")):
         shutil.copytree(exported / source, folder)
     args = phase1.Args(env="hammer", segmenter="masks", segment_frames=64, sequence_length=16)
-    whole = phase1.segment(dataclasses.replace(args, masks=("the_hand", "the_hammer")), "the hammer", CPU, None, 84)
-    united = phase1.segment(dataclasses.replace(args, masks=("one/hammer", "two/the_hammer")), "the hammer", CPU, None, 84)
+    whole = phase1.masks_by_phrase(dataclasses.replace(args, masks=("the_hand", "the_hammer")), "the hammer", CPU, None, 84)
+    united = phase1.masks_by_phrase(dataclasses.replace(args, masks=("one/hammer", "two/the_hammer")), "the hammer", CPU, None, 84)
     assert list(whole) == ["hand", "hammer"] and list(united) == ["hammer"]
     assert (united["hammer"] == (whole["hand"] | whole["hammer"])).all()
 
@@ -256,7 +256,7 @@ def test_masks_that_do_not_fit(exported, monkeypatch, tmp_path, how, said):
     monkeypatch.chdir(tmp_path)
     args = phase1.Args(env="hammer", segmenter="masks", masks=("bad",), segment_frames=64, sequence_length=16)
     with pytest.raises(UserError) as error:
-        phase1.segment(args, "the hand", CPU, None, 84)
+        phase1.masks_by_phrase(args, "the hand", CPU, None, 84)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -339,18 +339,19 @@ def test_phrases_the_simulator_cannot_name(make):
 
 
 def test_segmenter_report(tmp_path, capsys):
-    """IoU by part and together, by hand: half of a mask is 0.5, a phrase without a yardstick has none; the worst frame comes first."""
+    """IoU by part and together, by hand: half of a mask is 0.5, a phrase without a yardstick has none, whatever it is called; the worst
+    frame comes first."""
     true = np.zeros((12, 84, 84), bool)
     true[:, :, :40] = True
     half = true.copy()
     half[:, :, 20:] = False
     half[7] = False
     clean = np.full((12, 3, 84, 84), 200, np.uint8)
-    figures = phase1.report_segmenter(
-        {"hand": half, "shadow": np.zeros_like(true)}, {"clean": clean, "masks": true, "hand": half}, tmp_path / "w.png"
-    )
+    nothing = np.zeros_like(true)
+    parts = {"hand": half, "shadow": nothing, "masks": nothing, "clean": nothing}
+    figures = phase1.report_segmenter(parts, {"clean": clean, "masks": true, "hand": half}, tmp_path / "w.png")
     assert figures["segmenter/iou/hand"] == 1
-    assert "segmenter/iou/shadow" not in figures
+    assert not {"segmenter/iou/shadow", "segmenter/iou/masks", "segmenter/iou/clean"} & figures.keys()
     assert figures["segmenter/iou/together"] == pytest.approx(11 / 12 * 0.5)
     assert figures["segmenter/found/hand"] == pytest.approx(11 / 12)
     sheet = cv2.imread(str(tmp_path / "w.png"))
