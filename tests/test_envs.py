@@ -362,9 +362,9 @@ def test_good_states_are_good(make):
     assert min(tilts) < -0.5 and max(tilts) > 0.5
 
 
-@pytest.mark.parametrize("name", ["walker_walk", "door", "pen", "reacher_easy", "finger_turn_hard"])
+@pytest.mark.parametrize("name", ["walker_walk", "door", "pen", "reacher_easy", "finger_turn_hard", "swimmer_swimmer6"])
 def test_get_state_and_show(make, name):
-    """A state carries what episodes change in the model, too: where the door's frame and the targets stand."""
+    """A state carries what episodes change in the model, too: where the door's frame, the targets and their light stand."""
     source, copy, prompt = make(name, seed=1), make(name, seed=2), envs.task_row(name).prompt
     before = source.reset()[0], copy.reset()[0]
     source.step(source.action_space.sample())
