@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.lines import Line2D
 
 
 @dataclass
@@ -33,23 +34,28 @@ def read(path: Path) -> list[dict[str, str]]:
 def draw(path: Path, window: int = 5) -> None:
     """<path>.png of a CSV that main wrote: training episodes, as a running mean over `window` of them, and evaluations."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    rows = read(path)
-    for label in dict.fromkeys(row["run"] for row in rows):
-        points: dict[str, list[tuple[float, float]]] = {}
+    rows, keys = read(path), {}  # the legend: a colour for each run, a style for each kind of figure
+    settings = dict.fromkeys(row["figure"].split("/")[1] for row in rows if row["figure"].endswith("/return_mean"))
+    styles = dict(zip(settings, ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False))
+    for i, label in enumerate(dict.fromkeys(row["run"] for row in rows)):
+        colour, points = f"C{i}", {}
         for row in rows:
             if row["run"] == label:
                 points.setdefault(row["figure"], []).append((float(row["step"]), float(row["value"])))
         steps, returns = np.array(points.pop("train_return", [])).reshape(-1, 2).T
         w = window if len(steps) >= 2 * window else 1  # of a short run, each episode
         smooth = np.convolve(returns, np.ones(w) / w, mode="valid") if len(steps) else returns
-        line = axes.plot(steps[w - 1 :], smooth, alpha=0.6, label=f"{label}: training episodes" + f", mean of {w}" * (w > 1))[0]
-        means = {name.split("/")[1]: values for name, values in points.items() if name.endswith("/return_mean")}
-        for (setting, values), style in zip(means.items(), ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False):
-            axes.plot(*zip(*values, strict=True), style, color=line.get_color(), label=f"{label}: mean policy, {setting}")
+        axes.plot(steps[w - 1 :], smooth, alpha=0.6, color=colour)
+        keys |= {label: Line2D([], [], color=colour, linewidth=4), "training episodes" + f", mean of {w}" * (w > 1): Line2D([], [], color="grey")}
+        for setting, style in styles.items():
+            if values := points.get(f"eval/{setting}/return_mean"):
+                axes.plot(*zip(*values, strict=True), style, color=colour)
+                keys[f"mean policy, {setting}"] = Line2D([], [], color="grey", linestyle=style[1:], marker=style[0])
+    keys = dict(sorted(keys.items(), key=lambda key: key[1].get_color() == "grey"))  # runs first
     axes.set_xlabel("agent steps")
     axes.set_ylabel("episode return")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(keys.values(), keys, fontsize=7)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=130)
     plt.close(figure)
