@@ -34,7 +34,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def draw(path: Path, window: int = 5) -> None:
     """<path>.png of a CSV that main wrote: training episodes, as a running mean over `window` of them, and evaluations."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    rows, keys = read(path), {}  # the legend: a colour for each run, a style for each kind of figure
+    rows, runs, kinds = read(path), {}, {}  # the legend: a colour for each run, a style for each kind of figure
     settings = dict.fromkeys(row["figure"].split("/")[1] for row in rows if row["figure"].endswith("/return_mean"))
     styles = dict(zip(settings, ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False))
     for i, label in enumerate(dict.fromkeys(row["run"] for row in rows)):
@@ -46,16 +46,16 @@ def draw(path: Path, window: int = 5) -> None:
         w = window if len(steps) >= 2 * window else 1  # of a short run, each episode
         smooth = np.convolve(returns, np.ones(w) / w, mode="valid") if len(steps) else returns
         axes.plot(steps[w - 1 :], smooth, alpha=0.6, color=colour)
-        keys |= {label: Line2D([], [], color=colour, linewidth=4), "training episodes" + f", mean of {w}" * (w > 1): Line2D([], [], color="grey")}
+        runs[label] = Line2D([], [], color=colour, linewidth=4)
+        kinds["training episodes" + f", mean of {w}" * (w > 1)] = Line2D([], [], color="grey")
         for setting, style in styles.items():
             if values := points.get(f"eval/{setting}/return_mean"):
                 axes.plot(*zip(*values, strict=True), style, color=colour)
-                keys[f"mean policy, {setting}"] = Line2D([], [], color="grey", linestyle=style[1:], marker=style[0])
-    keys = dict(sorted(keys.items(), key=lambda key: key[1].get_color() == "grey"))  # runs first
+                kinds[f"mean policy, {setting}"] = Line2D([], [], color="grey", linestyle=style[1:], marker=style[0])
     axes.set_xlabel("agent steps")
     axes.set_ylabel("episode return")
     axes.grid(alpha=0.3)
-    axes.legend(keys.values(), keys, fontsize=7)
+    axes.legend([*runs.values(), *kinds.values()], [*runs, *kinds], fontsize=7)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=130)
     plt.close(figure)
