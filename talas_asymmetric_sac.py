@@ -70,7 +70,7 @@ class Args:
     actor_views: Literal["clean", "both"] = "both"  # views that the actor is trained on
     actor_judge: Literal["clean", "own"] = "clean"  # by which view's Q an action is judged: the clean one (asymmetric), or its own (symmetric)
     critic_views: Literal["clean", "both"] = "both"  # views that the critic is trained on
-    augmentation: Augmentation = "overlay"  # τ of the update, see envs.augment; the student had talas_phase2.py's own --augmentation
+    augmentation: Augmentation = "overlay"  # τ of the update (Phase II has its own). overlay: the paper's; swap: pasted on a photograph; mix: both
     masker_path: str | None = None  # folder with student.pt and teacher.pt; by default runs/maskers/<env>, made there by Phases I and II if missing
 
     # soft actor-critic: DMC-GB2's SADA unless said otherwise
