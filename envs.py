@@ -740,9 +740,9 @@ class TalasEnv(gym.Env):
 make_env = TalasEnv
 
 
-def make_env_in_worker(*args: Any, **kwargs: Any) -> TalasEnv:
+def make_env_in_worker(*args: Any, **kwargs: Any) -> gym.Env:
     start_worker()
-    return make_env(*args, **kwargs)
+    return gym.wrappers.RecordEpisodeStatistics(make_env(*args, **kwargs))
 
 
 def parse_prompt(prompt: str) -> list[str]:

@@ -333,14 +333,14 @@ class Agent(nn.Module):
         """bf16 where asked for. A context keeps the weights that it has cast, so there is a new one after every step of an optimiser."""
         return torch.autocast(self.log_alpha.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
-    def views(self, obs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The clean and the augmented view of one shifted stack, (B, 9, 84, 84) float in [0, 1] each; obs and mask as in Batch."""
+    def views(self, obs: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """The clean and, if anyone learns from it, the augmented view of one shifted stack, (B, 9, 84, 84) in [0, 1] each; obs, mask as in Batch."""
         obs, mask = random_shift(obs, mask, pad=self.args.shift)
         clean = apply_mask(obs, mask, self.dtype)  # c = shift(ψ(o) ⊙ o) = shift(ψ(o)) ⊙ shift(o)
         if "both" not in (self.args.critic_views, self.args.actor_views):
-            return clean, None
+            return [clean]
         augmented = augment(obs.to(self.dtype), mask / 255, self.photos, self.args.augmentation)  # τ(shift(o))
-        return clean, apply_mask(augmented, mask_stack(self.masker, augmented), self.dtype)  # a = ψ_S(τ(shift(o))) ⊙ τ(shift(o))
+        return [clean, apply_mask(augmented, mask_stack(self.masker, augmented), self.dtype)]  # a = ψ_S(τ(shift(o))) ⊙ τ(shift(o))
 
     @torch.no_grad()
     def target_q(self, next_z: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -369,7 +369,7 @@ class Agent(nn.Module):
     def update(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One step of critic and encoder, actor, temperature and target. Returns metrics, still on the device."""
         with self.autocast(), torch.no_grad():
-            views = [view for view in self.views(batch.obs, batch.mask) if view is not None]
+            views = self.views(batch.obs, batch.mask)
             next_clean = apply_mask(*random_shift(batch.next_obs, batch.next_mask, pad=self.args.shift), self.dtype)  # a shift of its own
             target_q = self.target_q(self.encoder(next_clean), batch)
         with self.autocast():
@@ -423,83 +423,69 @@ def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.dev
 
 
 class Replay:
-    """Every frame once, as bytes, with its mask; stacks are put together when sampled. A ring per environment: the oldest frames go first.
+    """Every frame once, as bytes, with its mask; stacks are put together when sampled. A ring of rows, in which the newest replaces the oldest.
 
-    Frame n of environment i lies in slot n % capacity of ring i. An episode of T steps is T + 1 frames; transition n leads from frame n to n + 1.
+    Row n, in slot n % capacity, is a frame of one environment, with the action, reward and end that led to it; it is never changed. Its history, the
+    numbers of k + 1 rows, oldest first, holds both stacks of a transition: the observation before the action, [:k], and the one after it, [1:].
+    Before an episode's first frame stands that frame; no transition leads to it. An episode of T steps is T + 1 rows.
     What is large lies on the device, the book-keeping on the CPU, so that a batch is drawn without waiting for a GPU.
     """
 
+    STORES = ("frames", "masks", "proprio", "actions", "rewards", "dones", "history")
+
     def __init__(self, num_envs: int, capacity: int, pixels: tuple[int, int, int], proprio_dim: int, action_dim: int, device: torch.device):
-        self.capacity, self.stack, size, rows = capacity, pixels[0] // 3, pixels[1:], num_envs * capacity
         empty = partial(torch.empty, device=device)  # the system hands out memory when it is written to
-        self.frames, self.masks = empty(rows, 3, *size, dtype=torch.uint8), empty(rows, *size, dtype=torch.uint8)
-        self.proprio, self.actions, self.rewards, self.dones = empty(rows, proprio_dim), empty(rows, action_dim), empty(rows), empty(rows)
-        self.age = torch.zeros(rows, dtype=torch.int64)  # how many frames of its episode came before this one
-        self.valid = torch.zeros(rows, dtype=torch.bool)  # does a whole transition start here? Never at an episode's last frame
-        self.n = torch.zeros(num_envs, dtype=torch.int64)  # frames ever written
+        self.frames, self.masks = empty(capacity, 3, *pixels[1:], dtype=torch.uint8), empty(capacity, *pixels[1:], dtype=torch.uint8)
+        self.proprio, self.actions = empty(capacity, proprio_dim), empty(capacity, action_dim)
+        self.rewards, self.dones = empty(capacity), empty(capacity)
+        self.history = torch.zeros(capacity, pixels[0] // 3 + 1, dtype=torch.int64)
+        self.newest = torch.zeros(num_envs, pixels[0] // 3 + 1, dtype=torch.int64)  # by environment, its last row's history
+        self.capacity, self.n = capacity, 0  # rows ever written
 
-    def _move(self, row: int | torch.Tensor, by: int | torch.Tensor) -> int | torch.Tensor:
-        return row - row % self.capacity + (row + by) % self.capacity  # `by` frames on in the same ring
+    def add_first(self, which: np.ndarray, pixels: torch.Tensor, masks: torch.Tensor, proprio: torch.Tensor) -> None:
+        """What the environments `which` (M,) begin an episode with: pixels (M, 9, H, W), masks (M, 3, H, W), proprio (M, P)."""
+        numbers = self.n + torch.arange(len(which))
+        self.newest[which] = numbers[:, None]
+        nothing = torch.zeros(len(which))
+        self._write(numbers, [pixels[:, -3:], masks[:, -1], proprio, nothing[:, None], nothing, nothing, self.newest[which]])
 
-    def add_frame(self, env: int, pixels: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, first: bool) -> None:
-        """The newest frame of an observation: of pixels (9, H, W), masks (3, H, W) and proprio (P,)."""
-        row = self._move(env * self.capacity, int(self.n[env]))
-        self.valid[self._move(row, torch.arange(self.stack))] = False  # what starts at the frame lost here, or stacks it, is no transition any more
-        self.frames[row], self.masks[row], self.proprio[row] = pixels[-3:], mask[-1], proprio
-        self.age[row] = 0 if first else self.age[self._move(row, -1)] + 1
-        self.n[env] += 1
+    def add_step(self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, *next_seen: torch.Tensor) -> None:
+        """A step of every environment, to its next observation. A truncated episode's last one is as good as any: it bootstraps."""
+        pixels, masks, proprio = next_seen
+        numbers = self.n + torch.arange(len(pixels))
+        self.newest = torch.cat([self.newest[:, 1:], numbers[:, None]], 1)
+        self._write(numbers, [pixels[:, -3:], masks[:, -1], proprio, *map(torch.from_numpy, (actions, rewards, terminated)), self.newest])
 
-    def add_step(self, env: int, action: np.ndarray, reward: float, terminated: bool, *next_observed: torch.Tensor) -> None:
-        """The transition from the newest frame to the next observation. A truncated episode's last one is as good as any: it bootstraps."""
-        row = self._move(env * self.capacity, int(self.n[env]) - 1)
-        self.actions[row], self.rewards[row], self.dones[row] = torch.from_numpy(action), reward, float(terminated)
-        self.add_frame(env, *next_observed, first=False)
-        self.valid[row] = True
+    def _write(self, numbers: torch.Tensor, rows: list[torch.Tensor]) -> None:
+        for store, content in zip((getattr(self, key) for key in self.STORES), rows, strict=True):
+            store[(numbers % self.capacity).to(store.device)] = content.to(store.device, store.dtype)
+        self.n = int(numbers[-1]) + 1
 
-    STORES = ("frames", "masks", "proprio", "actions", "rewards", "dones", "age", "valid")
-
-    def written_since(self, before: list[int]) -> dict[str, torch.Tensor]:
-        """For a file: what ring i has gained since it had seen before[i] frames, and the last of these, whose transition was not known yet."""
-        numbers = [torch.arange(max(0, old - 1, new - self.capacity), new) for old, new in zip(before, self.n.tolist(), strict=True)]
-        env, number = torch.cat([torch.full_like(part, i) for i, part in enumerate(numbers)]), torch.cat(numbers)
-        rows = env * self.capacity + number % self.capacity
-        return {"env": env, "number": number} | {key: getattr(self, key)[rows.to(getattr(self, key).device)].cpu() for key in self.STORES}
+    def written_since(self, before: int) -> dict[str, torch.Tensor]:
+        """For a file: the rows from number `before` on."""
+        numbers = torch.arange(max(before, self.n - self.capacity), self.n)
+        stores = {key: getattr(self, key) for key in self.STORES}
+        return {"numbers": numbers} | {key: store[(numbers % self.capacity).to(store.device)].cpu() for key, store in stores.items()}
 
     def restore(self, written: dict[str, torch.Tensor]) -> None:
-        """What written_since returned, in the same order."""
-        env, number = written["env"], written["number"]
-        rows = env * self.capacity + number % self.capacity
-        for key in self.STORES:
-            store = getattr(self, key)
-            store[rows.to(store.device)] = written[key].to(store.device)
-        self.n.scatter_reduce_(0, env, number + 1, "amax")
-        for i, n in enumerate(self.n.tolist()):
-            self.valid[self._move(i * self.capacity, n + torch.arange(self.stack - 1))] = False  # as adding frame n - 1 did
+        """What written_since returned, in the same order, into a replay without rows."""
+        self._write(written["numbers"], [written[key] for key in self.STORES])
 
-    def _stacks(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Stacks (B, 3k, H, W), masks (B, k, H, W) and proprioception of frames by row; before an episode's first frame stands that frame."""
-        back = torch.maximum(torch.arange(1 - self.stack, 1), -self.age[rows, None])  # (B, k): -2, -1, 0, or to the episode's first
-        stacked, rows = self._move(rows[:, None], back).to(self.frames.device), rows.to(self.frames.device)
-        frames, masks = (store.index_select(0, stacked.flatten()).unflatten(0, stacked.shape) for store in (self.frames, self.masks))
-        return frames.flatten(1, 2), masks, self.proprio[rows]
+    def _stacks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stacks (B, 3k, H, W) and masks (B, k, H, W) of the frames in slots (B, k), and the last one's proprioception (B, P)."""
+        frames, masks = (store.index_select(0, slots.flatten()).unflatten(0, slots.shape) for store in (self.frames, self.masks))
+        return frames.flatten(1, 2), masks, self.proprio[slots[:, -1]]
+
+    def transitions(self) -> torch.Tensor:
+        """(N,) slots of all rows to which a transition leads that is still whole."""
+        oldest, last, this = self.history[:, 0], self.history[:, -2], self.history[:, -1]
+        return ((last < this) & (oldest >= self.n - self.capacity)).nonzero().squeeze(1)
 
     def sample(self, batch_size: int) -> Batch:
-        valid = self.valid.nonzero().squeeze(1)
-        rows = valid[torch.randint(len(valid), (batch_size,))]
-        on_device, next_rows = rows.to(self.frames.device), self._move(rows, 1)
-        return Batch(*self._stacks(rows), self.actions[on_device], self.rewards[on_device], self.dones[on_device], *self._stacks(next_rows))
-
-
-def remember(replay: Replay, actions, obs, rewards, terminated, truncated, info: dict, masker: Masker | None) -> tuple[torch.Tensor, ...]:
-    """A step of all environments into replay; returns what observe makes of `obs`, which is the next episode's first where one ended (SAME_STEP)."""
-    seen = observe(masker, obs, replay.frames.device)
-    for i, newest in enumerate(zip(*seen, strict=True)):
-        ended = terminated[i] or truncated[i]
-        reached = (part[0] for part in observe(masker, info["final_obs"][i], replay.frames.device)) if ended else newest
-        replay.add_step(i, actions[i], rewards[i], terminated[i], *reached)
-        if ended:
-            replay.add_frame(i, *newest, first=True)
-    return seen
+        whole = self.transitions()
+        slots = (self.history[whole[torch.randint(len(whole), (batch_size,))]] % self.capacity).to(self.frames.device)  # (B, k + 1)
+        row = slots[:, -1]
+        return Batch(*self._stacks(slots[:, :-1]), self.actions[row], self.rewards[row], self.dones[row], *self._stacks(slots[:, 1:]))
 
 
 def free_memory(device: torch.device) -> float:
@@ -519,8 +505,6 @@ def save_agent(path: Path, agent: Agent, step: int, prompt: str | None) -> None:
 
 def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
     """The agent, on the CPU, in its own or another precision, and the rest: args, step, prompt."""
-    if not path.is_file():
-        raise UserError(f"--evaluate {path}: no such checkpoint")
     try:
         checkpoint = envs.load_tensors(path)
         checkpoint["args"] = args = Args(**checkpoint["args"] | ({"precision": precision} if precision else {}))
@@ -540,16 +524,14 @@ class Progress:
     step: int = 0  # agent steps
     updates: int = 0
     seconds: float = 0.0  # of the loop, evaluations among them
-    evaluating: float = 0.0  # seconds of evaluations
     returns: list[float] = field(default_factory=list)  # of the last ten episodes
-    episodes: list[int] = field(default_factory=list)  # by environment, the episode that it plays
-    started: list[bool] = field(default_factory=list)  # is that episode's first frame in replay already?
-    frames: list[int] = field(default_factory=list)  # by environment, how many frames of replay are on the disk
+    episodes: list[int] = field(default_factory=list)  # by environment, the episode that it begins next
+    rows: int = 0  # of replay, on the disk
     sizes: list[int] = field(default_factory=lambda: [0, 0])  # of the two tables, in bytes: what comes after a checkpoint is written again
 
 
-def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, actions: gym.Space, before: list[int]) -> None:
-    """RUN/resume/<step>.state.pt, and in <step>.replay.pt what replay has gained since `before`. The newest two states stay, and what they need."""
+def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, actions: gym.Space, before: int) -> None:
+    """RUN/resume/<step>.state.pt, and in <step>.replay.pt replay's rows from `before` on. The newest two states stay, and what they need."""
     folder.mkdir(exist_ok=True)
     envs.save_tensors(folder / f"{progress.step:010}.replay.pt", replay.written_since(before))
     state = {"progress": asdict(progress), "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
@@ -558,8 +540,8 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
     state |= {"torch": torch.get_rng_state(), "cuda": cuda and torch.cuda.get_rng_state(cuda), "actions": actions.np_random.bit_generator.state}
     envs.save_tensors(folder / f"{progress.step:010}.state.pt", state)
     states = sorted(folder.glob("[0-9]*.state.pt"))
-    oldest, kept = int(states[-2:][0].name[:10]), replay.capacity * len(replay.n)
-    outlived = [path for path in folder.glob("[0-9]*.replay.pt") if oldest - int(path.name[:10]) >= kept]  # overwritten since
+    oldest = int(states[-2:][0].name[:10])
+    outlived = [path for path in folder.glob("[0-9]*.replay.pt") if oldest - int(path.name[:10]) >= replay.capacity]  # overwritten since
     for path in states[:-2] + outlived:
         path.unlink()
 
@@ -567,18 +549,15 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
 def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -> Progress | None:
     """Bring agent, replay and chance to where the newest state that can be read left them; None if there is none at all."""
     states = sorted(folder.glob("[0-9]*.state.pt"), reverse=True)
-    masker_weights = agent.masker.state_dict() if agent.masker else {}
     for path in states:
         try:
             state = envs.load_tensors(path)
-            if any(not torch.equal(weight.cpu(), state["agent"][f"masker.{key}"]) for key, weight in masker_weights.items()):
-                raise UserError(f"{path} is of another masker than --masker-path's; put back the one that the run began with")
-            replay.n.zero_()
-            replay.valid.zero_()
+            replay.n = 0
+            replay.history.zero_()
             for part in sorted(folder.glob("[0-9]*.replay.pt")):
                 if part.name[:10] <= path.name[:10]:
                     replay.restore(envs.load_tensors(part))
-            agent.load_state_dict(state["agent"])
+            agent.load_state_dict(state["agent"])  # its masker as well, which made replay's masks, whatever lies in --masker-path by now
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
             torch.set_rng_state(state["torch"])
@@ -589,8 +568,6 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
                 if newer.name[:10] > path.name[:10]:
                     newer.unlink()  # it could not be read, and would count as a generation
             return Progress(**state["progress"])
-        except UserError:
-            raise
         except Exception as error:  # damaged files fail in many ways
             print(f"warning: {path} cannot be used ({envs.brief(error)})", flush=True)
     if states:
@@ -608,8 +585,6 @@ def open_run(run: Path, args: Args, cleanup: ExitStack) -> None:
         envs.write_json(run / "args.json", asdict(args))
     except Timeout:
         raise UserError(f"{run}: another process is at this run") from None
-    except OSError as error:
-        raise UserError(f"{run}: cannot be written ({error.strerror})") from None
 
 
 def find_run(args: Args) -> Path | None:
@@ -726,9 +701,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     torch.manual_seed(args.seed)
     agent = Agent(args, *spaces, masker, photos).to(device)
     clean_masker = clean_masker and clean_masker.to(agent.dtype)  # as the agent did with its own
-    capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs) // args.num_envs
+    capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs)
     free = free_memory(device)
-    size = args.num_envs * capacity * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 17) / 1e9  # bytes by Replay.STORES; 17 = 4 + 4 + 8 + 1
+    size = capacity * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 40) / 1e9  # bytes by Replay.STORES; 40 = 4 + 4 + 4 × 8
     print(f"replay: at most {size:.1f} GB, as it fills, of {free:.1f} GB free" + (": too much; give a smaller --replay-size" if size > free else ""))
     try:
         replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
@@ -741,8 +716,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
-    fresh = Progress(**{key: [0] * args.num_envs for key in ("episodes", "started", "frames")})
-    progress = load_state(run / "resume", agent, replay, action_space) or fresh
+    progress = load_state(run / "resume", agent, replay, action_space) or Progress(episodes=[0] * args.num_envs)
     if args.track:
         import wandb
 
@@ -767,7 +741,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             evaluations.writerows([progress.step, key, f"{value:.4f}"] for key, value in figures.items())
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), agent.autocast():
             shown = replay.sample(8)
-            views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask) if view is not None]
+            views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask)]
         with curves():
             writer.add_images("views/clean_and_augmented", torch.cat(views, 3), progress.step)
             for key, value in figures.items():
@@ -792,7 +766,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                 with curves():
                     for key, value in metrics.items():
                         writer.add_scalar(key, value.item(), progress.step)
-                    writer.add_scalar("charts/SPS", progress.step / (time.time() - began - progress.evaluating), progress.step)
+                    writer.add_scalar("charts/SPS", progress.step / (time.time() - began), progress.step)
 
     print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} control steps")
     print(f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}")
@@ -801,19 +775,20 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     # ---- the environments
     chances = [{"seed": args.seed + 100_000 * i, "first_episode": episode} for i, episode in enumerate(progress.episodes)]
     makers = [partial(envs.make_env_in_worker, args.env, **chance, **env_options(args)) for chance in chances]
-    # SAME_STEP: an ended episode's last observation is in `info`, beside the next one's first. Gymnasium's default inserts a step for the reset.
-    vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    # The loop resets them itself: then an ended episode's last observation comes like any other. Gymnasium's default inserts a step for the reset.
+    vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     cleanup.callback(setattr, vec_env, "closed", True)  # the processes themselves are main's to end
-    seen = observe(clean_masker, vec_env.reset()[0], device)
-    for i, first in enumerate(zip(*seen, strict=True)):
-        if not progress.started[i]:
-            replay.add_frame(i, *first, first=True)
     began, saved = time.time() - progress.seconds, progress.step
-    totals, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+    ended = np.ones(args.num_envs, bool)
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
 
     # ---- the loop
     while progress.step < total_steps:
+        if ended.any():
+            vec_env.reset_async(options={"reset_mask": ended})
+            seen = observe(clean_masker, vec_env.reset_wait(timeout=PATIENCE)[0], device)
+            replay.add_first(np.flatnonzero(ended), *(part[ended] for part in seen))
+            progress.episodes = [episode + int(over) for episode, over in zip(progress.episodes, ended, strict=True)]
         actions = action_space.sample() if progress.step < learning_starts else agent.act(*seen, mean=False)
         vec_env.step_async(actions)
         progress.step += args.num_envs
@@ -822,35 +797,30 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         obs, rewards, terminated, truncated, info = vec_env.step_wait(timeout=PATIENCE)
         came_from = {"actions": torch.from_numpy(actions), "rewards": torch.from_numpy(rewards), "proprio": torch.from_numpy(obs["proprio"])}
         check("a reward or an observation", torch.cat([came_from["rewards"], came_from["proprio"].flatten()]), **came_from)
-        seen = remember(replay, actions, obs, rewards, terminated, truncated, info, clean_masker)
-        totals, lengths, ended = totals + rewards, lengths + 1, terminated | truncated
+        seen, ended = observe(clean_masker, obs, device), terminated | truncated
+        replay.add_step(actions, rewards, terminated, *seen)
         for i in np.flatnonzero(ended):
-            success = info["final_info"].get("episode_success", [""] * args.num_envs)[i]
+            total, length, success = info["episode"]["r"][i], info["episode"]["l"][i], info.get("episode_success", [""] * args.num_envs)[i]
             with saving("returns.csv"):
-                returns.writerow([progress.step, progress.episodes[i], f"{totals[i]:.3f}", lengths[i], success, f"{time.time() - began:.1f}", i])
+                returns.writerow([progress.step, progress.episodes[i] - 1, f"{total:.3f}", length, success, f"{time.time() - began:.1f}", i])
             with curves():
-                writer.add_scalar("charts/episodic_return", totals[i], progress.step)
-                writer.add_scalar("charts/episodic_length", lengths[i], progress.step)
-            progress.returns = [*progress.returns[-9:], float(totals[i])]
-            bar.set_postfix({"return": f"{totals[i]:.1f}", "mean of 10": f"{np.mean(progress.returns):.1f}"}, refresh=False)
-            totals[i], lengths[i], progress.episodes[i] = 0, 0, progress.episodes[i] + 1
+                writer.add_scalar("charts/episodic_return", total, progress.step)
+                writer.add_scalar("charts/episodic_length", length, progress.step)
+            progress.returns = [*progress.returns[-9:], float(total)]
+            bar.set_postfix({"return": f"{total:.1f}", "mean of 10": f"{np.mean(progress.returns):.1f}"}, refresh=False)
         if not args.overlap:
             learn()
         if progress.step % args.eval_every < args.num_envs and progress.step < total_steps:
-            before = time.time()
             with saving("an evaluation"):
                 figures = report(None)
                 bar.write(f"step {progress.step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
-            progress.evaluating += time.time() - before
         if ended.any() and progress.step - saved >= args.checkpoint_every:
             check("a weight", torch.cat([weight.flatten() for weight in agent.parameters()]))
             progress.seconds, progress.sizes, saved = time.time() - began, [os.fstat(table.fileno()).st_size for table in tables], progress.step
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
-            there = [episode + bool(length) for episode, length in zip(progress.episodes, lengths, strict=True)]
-            now = replace(progress, episodes=there, started=[not length for length in lengths], frames=replay.n.tolist())
             with saving("a checkpoint to resume from"):
-                save_state(run / "resume", now, agent, replay, action_space, progress.frames)
-                progress.frames = now.frames
+                save_state(run / "resume", replace(progress, rows=replay.n), agent, replay, action_space, progress.rows)
+                progress.rows = replay.n
         bar.update(args.num_envs)
     bar.close()
     vec_env.close()
@@ -903,9 +873,7 @@ def main(args: Args, run: Path | None = None) -> None:
         return print(f"{run} came to its end before; nothing to do")
     if args.masker == "none" and (args.clean_masker or args.augmentation in ("swap", "mix")):
         raise UserError("--masker none: --clean-masker and --augmentation swap or mix need a --masker")
-    envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
-    if args.replay_size < 100 * args.num_envs:
-        raise UserError(f"--replay-size {args.replay_size}: has to be at least 100 per environment")
+    envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10, replay_size=100 * args.num_envs)
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases: pip install wandb")
     settings = settings_of(args.eval_settings, args.distractors)
@@ -923,10 +891,9 @@ def main(args: Args, run: Path | None = None) -> None:
     run = run or Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{stamp}{'__evaluate' if args.evaluate else ''}")
 
     def again() -> str:
-        if not args.evaluate and not list(run.glob("resume/[0-9]*.state.pt")):
-            return "no checkpoint yet, start the same again"
-        flags = ("--evaluate", args.evaluate) if args.evaluate else ("--resume", str(run))
-        return "to go on: " + shlex.join(["python", sys.argv[0], *flags])
+        if not list(run.glob("resume/[0-9]*.state.pt")):  # an evaluation has none
+            return "no checkpoint to go on from, start the same again"
+        return "to go on: " + shlex.join(["python", sys.argv[0], "--resume", str(run)])
 
     for attempt in (1, 2):
         try:

@@ -75,12 +75,12 @@ def time_in_turn(ways: dict[str, Callable[[], object]], device: torch.device, re
 def fill(replay: talas.Replay, steps: int, episode: int = 250) -> None:
     """Random episodes, as bytes: what is in the frames does not matter here."""
     rng = np.random.default_rng(0)
-    frames, masks = (torch.from_numpy(rng.integers(0, 256, (n, 84, 84), dtype=np.uint8)) for n in (9, 3))
-    seen, action = (frames, masks, torch.zeros(replay.proprio.shape[1])), np.zeros(replay.actions.shape[1], np.float32)
+    frames, masks = (torch.from_numpy(rng.integers(0, 256, (1, n, 84, 84), dtype=np.uint8)) for n in (9, 3))
+    seen, action = (frames, masks, torch.zeros(1, replay.proprio.shape[1])), np.zeros((1, replay.actions.shape[1]), np.float32)
     for step in range(steps):
         if step % episode == 0:
-            replay.add_frame(0, *seen, first=True)
-        replay.add_step(0, action, 1.0, False, *seen)
+            replay.add_first(np.array([0]), *seen)
+        replay.add_step(action, np.ones(1), np.zeros(1, bool), *seen)
 
 
 def build(args: Args, spaces: tuple[int, int, int], photos: torch.Tensor, masked: bool, precision: str, channels_last: bool) -> talas.Agent:

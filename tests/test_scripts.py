@@ -372,7 +372,7 @@ def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     for what in ("an evaluation", "a checkpoint to resume from"):
         assert done.stderr.count(f"warning: {what} cannot be written") == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "no checkpoint yet, start the same again" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "no checkpoint to go on from, start the same again" in done.stderr.splitlines()[-1]
     folder = only(tmp_path, "runs/*")
     assert [row["step"] for row in returns(folder)] == ["20", "40", "60"]
     assert not list(folder.rglob("*.state.pt")) and not list(folder.glob("*.pt")) and not list(folder.rglob(".*"))
@@ -574,7 +574,7 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--eval-settings", "video_hard"], "video_hard needs DMControl-GB's media: --distractors"),
     (RL, [*NO_MASKER, "--device=cuda:99"], "cuda:99"),
     (RL, [*NO_MASKER, "--cudagraphs", "--device=cpu"], "needs a CUDA GPU"),
-    (RL, ["--evaluate=nowhere.pt"], "no such checkpoint"),
+    (RL, ["--evaluate=nowhere.pt"], "nowhere.pt: not a checkpoint of this script (FileNotFoundError"),
     (RL, ["--resume=nowhere"], "nowhere: not the folder of a run"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),

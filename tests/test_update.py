@@ -419,9 +419,8 @@ def test_actor_views_clean():
 def test_clean_views_only_need_no_photographs():
     agent, batch = make_agent(masker=False, critic_views="clean", actor_views="clean"), make_batch()
     agent.photos = None
-    clean, augmented = agent.views(batch.obs, batch.mask)
+    (clean,) = agent.views(batch.obs, batch.mask)
     assert clean.shape == (B, 9, 84, 84)
-    assert augmented is None
     assert all(math.isfinite(value) for value in update(agent, batch).values())
 
 
@@ -574,16 +573,16 @@ class PlainReplay:
             proprio = self.rng.standard_normal((length + 1, 2)).astype(np.float32)
             stacks = [np.concatenate([frames[max(t + k, 0)] for k in (-2, -1, 0)]) for t in range(length + 1)]
             mask_stacks = [np.stack([masks[max(t + k, 0)] for k in (-2, -1, 0)]) for t in range(length + 1)]
-            seen = [[torch.from_numpy(part) for part in parts] for parts in zip(stacks, mask_stacks, proprio, strict=True)]
+            seen = [[torch.from_numpy(part)[None] for part in parts] for parts in zip(stacks, mask_stacks, proprio, strict=True)]
             if self.replay is None:
                 self.replay = rl.Replay(1, capacity, (9, 4, 5), 2, 1, torch.device("cpu"))
-            self.replay.add_frame(0, *seen[0], first=True)
+            self.replay.add_first(np.array([0]), *seen[0])
             start, self.n = self.n, self.n + 1
             self.check(16)
             for t in range(length):
                 done, reward = terminated and t == length - 1, float(self.rng.standard_normal())
-                action = np.array([len(self.transitions)], np.float32)
-                self.replay.add_step(0, action, reward, done, *seen[t + 1])
+                action = np.array([[len(self.transitions)]], np.float32)
+                self.replay.add_step(action, np.array([reward]), np.array([done]), *seen[t + 1])
                 self.n += 1
                 oldest, number = start + max(t - 2, 0), start + t  # the oldest frame in its stack; its own
                 rest = (stacks[t], mask_stacks[t], proprio[t], reward, done, stacks[t + 1], mask_stacks[t + 1], proprio[t + 1])
@@ -594,11 +593,12 @@ class PlainReplay:
 
     def pass_through_files(self, capacity: int) -> None:
         """From here on, a replay that was put together from parts."""
-        self.parts = [*getattr(self, "parts", []), self.replay.written_since(getattr(self, "before", [0]))]
-        before, self.before, self.replay = self.replay, self.replay.n.tolist(), rl.Replay(1, capacity, (9, 4, 5), 2, 1, torch.device("cpu"))
+        self.parts = [*getattr(self, "parts", []), self.replay.written_since(getattr(self, "before", 0))]
+        before, self.before, self.replay = self.replay, self.replay.n, rl.Replay(1, capacity, (9, 4, 5), 2, 1, torch.device("cpu"))
         for part in self.parts:
             self.replay.restore(part)
-        assert torch.equal(self.replay.valid, before.valid) and torch.equal(self.replay.n, before.n)
+        assert torch.equal(self.replay.transitions(), before.transitions()) and self.replay.n == before.n
+        self.replay.newest = before.newest  # files are written where an episode ends; here in its middle as well
 
     def check(self, samples: int) -> set[int]:
         """Sample; compare every field; return which transitions were seen."""
@@ -632,10 +632,8 @@ def test_replay_against_lists(capacity, through_files):
     assert plain.replay.n == frames  # each once, and one more per episode than steps
     assert plain.replay.frames.shape == (capacity, 3, 4, 5)
     assert plain.replay.frames.dtype == plain.replay.masks.dtype == torch.uint8
-    seen = plain.check(2000)
-    expected = {i for i, (_, number, *_) in enumerate(plain.transitions) if number >= frames - capacity + 4}
-    assert seen >= expected  # nothing but the few at the write head is lost
-    assert len(expected) > 6
+    expected = {i for i, (oldest, *_) in enumerate(plain.transitions) if oldest >= frames - capacity}
+    assert plain.check(2000) == expected and len(expected) > 6  # nothing is lost but what is overwritten
 
 
 class Counting(gym.Env):
@@ -662,34 +660,33 @@ class Counting(gym.Env):
 
 
 def test_vector_environments_leave_transitions_only():
-    """Gymnasium's automatic resets are in replay as first frames, never as steps: as many transitions as steps were made, none across episodes."""
-    lengths, ends = (1, 3, 5), ("truncated", "terminated", "truncated")
+    """Episodes that end at different times, their resets the loop's: as many transitions as steps were made, none across episodes or environments."""
+    lengths, ends, device = (1, 3, 5), ("truncated", "terminated", "truncated"), torch.device("cpu")
     makers = [functools.partial(Counting, *row) for row in zip(lengths, ends, strict=True)]
-    vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    replay = rl.Replay(3, 100, (9, 4, 5), 1, 1, torch.device("cpu"))
-    for i, first in enumerate(zip(*rl.observe(None, vec_env.reset()[0], torch.device("cpu")), strict=True)):
-        replay.add_frame(i, *first, first=True)
+    vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    replay, over = rl.Replay(3, 100, (9, 4, 5), 1, 1, device), np.ones(3, bool)
     for step in range(20):
-        seen = rl.remember(replay, np.full((3, 1), step, np.float32), *vec_env.step(np.zeros((3, 1), np.float32)), None)
-        assert seen[0].shape == (3, 9, 4, 5) and seen[1].shape == (3, 3, 4, 5) and seen[2].shape == (3, 1)
+        if over.any():
+            first = rl.observe(None, vec_env.reset(options={"reset_mask": over})[0], device)
+            replay.add_first(np.flatnonzero(over), *(part[over] for part in first))
+        actions = np.array([[step], [step + 100], [step + 200]], np.float32)
+        obs, rewards, terminated, truncated, _ = vec_env.step(actions)
+        replay.add_step(actions, rewards, terminated, *rl.observe(None, obs, device))
+        over = terminated | truncated
     vec_env.close()
-    everything = replay.valid.clone()
+    assert replay.n == sum(20 + -(-20 // length) for length in lengths) == len(replay.transitions()) + 20 + 7 + 4
+    batch = replay.sample(2000)
+    assert batch.obs.shape == (2000, 9, 4, 5) and len(set(batch.action[:, 0].tolist())) == 60
     for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
-        mine = torch.arange(300) // 100 == i
-        assert everything[mine].sum() == 20 and replay.n[i] == 20 + 1 + 20 // length
-        replay.valid[:] = everything & mine  # of this environment's ring only
-        batch = replay.sample(500)
-        assert len(set(batch.action[:, 0].tolist())) == 20
-        t, episode = batch.action[:, 0] % length, batch.action[:, 0] // length
-        assert torch.equal(batch.reward, t + 1) and torch.equal(batch.proprio[:, 0], t) and torch.equal(batch.next_proprio[:, 0], t + 1)
-        assert torch.equal(batch.done, (t == length - 1).float() * (end == "terminated"))
+        mine = batch.action[:, 0] // 100 == i
+        assert 500 < mine.sum() < 850
+        t, episode = batch.action[mine, 0] % 100 % length, batch.action[mine, 0] % 100 // length
+        assert torch.equal(batch.reward[mine], t + 1)
+        assert torch.equal(batch.proprio[mine, 0], t) and torch.equal(batch.next_proprio[mine, 0], t + 1)
+        assert torch.equal(batch.done[mine], (t == length - 1).float() * (end == "terminated"))
         for k in range(3):
-            assert torch.equal(batch.obs[:, 3 * k, 0, 0], 8 * episode + (t + k - 2).clamp(min=0))
-            assert torch.equal(batch.next_obs[:, 3 * k, 0, 0], 8 * episode + (t + 1 + k - 2).clamp(min=0))
-    replay.valid[:] = everything
-    whole = replay.sample(600)
-    assert whole.obs.shape == (600, 9, 4, 5) and whole.done.shape == (600,)
-    assert 100 < (whole.reward > 3).sum() + (whole.done > 0).sum() < 260  # the second ring ends, the third goes past 3: (1/3 + 2/5) of a third each
+            assert torch.equal(batch.obs[mine][:, 3 * k, 0, 0], 8 * episode + (t + k - 2).clamp(min=0))
+            assert torch.equal(batch.next_obs[mine][:, 3 * k, 0, 0], 8 * episode + (t + 1 + k - 2).clamp(min=0))
 
 
 @pytest.fixture(scope="module", params=["overlap", "textbook"])
@@ -702,7 +699,7 @@ def looped(request, tmp_path_factory):
     sample, act = rl.Replay.sample, rl.Agent.act
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(rl.Replay, "sample", lambda self, n: (asked.append((n, self, self.n.tolist())), sample(self, n))[1])
+        patch.setattr(rl.Replay, "sample", lambda self, n: (asked.append((n, self, self.n)), sample(self, n))[1])
         patch.setattr(rl.Agent, "act", lambda *seen, mean: (acted.append((act(*seen, mean=mean), mean)), acted[-1][0])[1])
         args = {"masker_path": ".", "clean_masker": "teacher", "eval_settings": ("train",), "eval_episodes": 1, "overlay_images": 20, "num_envs": 2}
         args |= {"total_timesteps": 80, "learning_starts": 40, "action_repeat": 50, "overlap": request.param == "overlap"}
@@ -716,19 +713,20 @@ def test_the_loop_against_two_simulations(looped, make):
     with (run / "returns.csv").open(newline="") as file:
         table = [(row["step"], row["episode"], row["env"], pytest.approx(float(row["return"]), abs=2e-3)) for row in csv.DictReader(file)]
     for i in range(2):
-        env, row, teacher = make("cartpole_swingup", "train", 1 + 100_000 * i, action_repeat=50), i * replay.capacity, make_masker(1)
+        env, row, teacher = make("cartpole_swingup", "train", 1 + 100_000 * i, action_repeat=50), i, make_masker(1)
         for episode in range(2):
             (obs, _), total = env.reset(), 0.0
             for t in range(21):
-                frame, row = torch.from_numpy(obs["pixels"][-3:]), row + 1
-                assert torch.equal(replay.frames[row - 1], frame) and replay.age[row - 1] == t and replay.valid[row - 1] == (t < 20)
-                assert (replay.masks[row - 1].int() - rl.mask_stack(teacher, frame[None])[0, 0].int()).abs().max() <= 1
-                if t < 20:
-                    obs, reward, *_ = env.step(replay.actions[row - 1].numpy())
+                if t:
+                    obs, reward, *_ = env.step(replay.actions[row].numpy())
                     total += reward
-                    assert replay.rewards[row - 1].item() == pytest.approx(reward) and replay.dones[row - 1] == 0
+                    assert replay.rewards[row].item() == pytest.approx(reward) and replay.dones[row] == 0
+                frame = torch.from_numpy(obs["pixels"][-3:])
+                assert torch.equal(replay.frames[row], frame) and replay.history[row].tolist() == [row - 2 * min(k, t) for k in (3, 2, 1, 0)]
+                assert (replay.masks[row].int() - rl.mask_stack(teacher, frame[None])[0, 0].int()).abs().max() <= 1
+                row += 2
             assert table[2 * episode + i] == (str(40 + 40 * episode), str(episode), str(i), total)
-    assert len(table) == 4 and replay.n.tolist() == [43, 43] and replay.capacity >= 43
+    assert len(table) == 4 and replay.n == 84 <= replay.capacity and len(replay.transitions()) == 80
 
 
 def test_who_acts_and_what_is_learned_from(looped):
@@ -737,11 +735,11 @@ def test_who_acts_and_what_is_learned_from(looped):
     assert [mean for _, mean in acted] == [False] * 20
     first = gym.vector.utils.batch_space(gym.spaces.Box(-1, 1, (1,), np.float32), 2)
     first.seed(1)
-    actions = replay.actions.view(2, -1, 1).transpose(0, 1)
-    np.testing.assert_array_equal(actions[:20], np.stack([first.sample() for _ in range(20)]))
-    np.testing.assert_array_equal(actions[21:41], np.stack([action for action, _ in acted]))  # 20: an episode's last frame
+    actions = replay.actions[:84].view(42, 2, 1)
+    np.testing.assert_array_equal(actions[1:21], np.stack([first.sample() for _ in range(20)]))
+    np.testing.assert_array_equal(actions[22:], np.stack([action for action, _ in acted]))  # 0 and 21: episodes' first frames
     steps = range(20, 40) if order == "overlap" else range(21, 41)
-    assert learned_from == [[1 + k + k // 20] * 2 for k in steps for _ in range(2)]  # frames: each episode has one more than steps
+    assert learned_from == [2 * (k + 2) for k in steps for _ in range(2)]  # rows, after so many steps and the first frames of two episodes
 
 
 def test_replay_keeps_what_it_is_asked_to(tmp_path, monkeypatch):
@@ -753,26 +751,21 @@ def test_replay_keeps_what_it_is_asked_to(tmp_path, monkeypatch):
     args |= {"total_timesteps": 130, "learning_starts": 129, "updates_per_step": 0.1, "action_repeat": 50}
     rl.main(rl.Args(env="cartpole_swingup", **SMALL | args))
     replay = sampled[-1]
-    assert replay.capacity == len(replay.frames) == 100 and replay.n.tolist() == [137]
-    first = [n % 100 for n in range(37, 137) if n % 21 == 0]
-    assert (replay.age == 0).nonzero().squeeze(1).tolist() == sorted(first)
+    assert replay.capacity == len(replay.frames) == 100 and replay.n == 137
+    assert sorted(replay.history[:, -1].tolist()) == list(range(37, 137))
+    assert sorted(row[-1] for row in replay.history.tolist() if row[0] == row[-1]) == [n for n in range(37, 137) if n % 21 == 0]
 
 
 def test_what_is_observed_is_masked():
-    """By the masker that is handed over, frame by frame: what acts, and what lies in replay, an ended episode's last observation as well."""
-    masker, rng = make_masker(), np.random.default_rng(5)
-    looks = [{"pixels": rng.integers(0, 256, (1, 9, 84, 84), np.uint8), "proprio": np.zeros((1, P), np.float32)} for _ in range(4)]
-    frames = [torch.from_numpy(look["pixels"]) for look in looks]
-    replay = rl.Replay(1, 20, (9, 84, 84), P, A, torch.device("cpu"))
-    first = rl.observe(masker, looks[0], torch.device("cpu"))
-    replay.add_frame(0, *(part[0] for part in first), first=True)
-    step = [replay, np.zeros((1, A), np.float32)]
-    second = rl.remember(*step, looks[1], [1.0], [False], [False], {}, masker)
-    last = {"final_obs": [{key: value[0] for key, value in looks[2].items()}]}
-    third = rl.remember(*step, looks[3], [1.0], [True], [False], last, masker)
-    for (pixels, mask, _), seen in zip((first, second, third), (frames[0], frames[1], frames[3]), strict=True):
-        assert torch.equal(pixels, seen) and torch.equal(mask, rl.mask_stack(masker, seen)) and 0 < mask.float().mean() < 255
-    expected = torch.cat([rl.mask_stack(masker, seen[:, -3:])[0] for seen in frames]).int()
+    """By the masker that is handed over, frame by frame: what acts, and what lies in replay."""
+    masker, rng, device = make_masker(), np.random.default_rng(5), torch.device("cpu")
+    looks = [{"pixels": rng.integers(0, 256, (2, 9, 84, 84), np.uint8), "proprio": np.zeros((2, P), np.float32)} for _ in range(2)]
+    replay, seen = rl.Replay(2, 20, (9, 84, 84), P, A, device), [rl.observe(masker, look, device) for look in looks]
+    replay.add_first(np.arange(2), *seen[0])
+    replay.add_step(np.zeros((2, A), np.float32), np.ones(2), np.zeros(2, bool), *seen[1])
+    for (pixels, mask, _), look in zip(seen, looks, strict=True):
+        assert np.array_equal(pixels, look["pixels"]) and torch.equal(mask, rl.mask_stack(masker, pixels)) and 0 < mask.float().mean() < 255
+    expected = torch.cat([rl.mask_stack(masker, torch.from_numpy(look["pixels"][:, -3:])) for look in looks]).squeeze(1).int()
     assert (replay.masks[:4].int() - expected).abs().max() <= 1  # a byte rounded the other way
     assert (expected[0] - expected[1]).abs().max() > 1
 
@@ -880,14 +873,10 @@ def test_replay_and_update_stay_on_their_device_and_wait_for_nothing(monkeypatch
     agent = make_agent(**flags)
     agent.photos = agent.photos.to(device)
     agent.to(device)
-    replay, obs = rl.Replay(2, 20, (9, 84, 84), P, A, device), {"pixels": np.zeros((9, 84, 84), np.uint8), "proprio": np.zeros(P, np.float32)}
-    for t in range(30):
-        seen = [part[0] for part in rl.observe(agent.masker, obs, device)]
-        for i in range(2):
-            if t:
-                replay.add_step(i, np.zeros(A, np.float32), 1.0, False, *seen)
-            else:
-                replay.add_frame(i, *seen, first=True)
+    obs, replay = {"pixels": np.zeros((2, 9, 84, 84), np.uint8), "proprio": np.zeros((2, P), np.float32)}, rl.Replay(2, 20, (9, 84, 84), P, A, device)
+    replay.add_first(np.arange(2), *rl.observe(agent.masker, obs, device))
+    for _ in range(30):
+        replay.add_step(np.zeros((2, A), np.float32), np.ones(2), np.zeros(2, bool), *rl.observe(agent.masker, obs, device))
     batch = replay.sample(4)
     values = [*vars(batch).values(), *agent.update(batch).values()]
     assert len(values) == 15 and all(value.device == device for value in values)
@@ -951,22 +940,22 @@ def live(agent: rl.Agent, replay: rl.Replay, space: gym.Space, episodes: int) ->
     """Episodes of ten steps and random frames, an update after each."""
     for _ in range(episodes):
         for t in range(11):
-            seen = torch.randint(256, (9, 84, 84), dtype=torch.uint8), torch.randint(256, (3, 84, 84), dtype=torch.uint8), torch.rand(P)
+            seen = torch.randint(256, (1, 9, 84, 84), dtype=torch.uint8), torch.randint(256, (1, 3, 84, 84), dtype=torch.uint8), torch.rand(1, P)
             if t:
-                replay.add_step(0, space.sample()[0], float(torch.rand(())), False, *seen)
+                replay.add_step(space.sample(), torch.rand(1).numpy(), np.zeros(1, bool), *seen)
             else:
-                replay.add_frame(0, *seen, first=True)
+                replay.add_first(np.array([0]), *seen)
         agent.update(replay.sample(4))
 
 
 @pytest.mark.parametrize("damage", [None, "newest", "replay", "content", "all"])
 def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
     """Weights, optimisers, replay and chance, bit for bit; a damaged state is named, and the one before it used; two generations are kept."""
-    run, progress = make_run(1), rl.Progress(frames=[0])
+    run, progress = make_run(1), rl.Progress()
     for step in (50, 60, 70, 80):  # the ring of 40 frames goes round
         live(*run, 5 if step == 50 else 1)
-        now = dataclasses.replace(progress, step=step, frames=run[1].n.tolist())
-        rl.save_state(tmp_path, now, *run, progress.frames)
+        now = dataclasses.replace(progress, step=step, rows=run[1].n)
+        rl.save_state(tmp_path, now, *run, progress.rows)
         progress = now
     names = sorted(path.name for path in tmp_path.iterdir())
     assert [name for name in names if "state" in name] == ["0000000070.state.pt", "0000000080.state.pt"]
@@ -995,43 +984,46 @@ def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
     assert (loaded.step, "0000000080" in out) == ((80, False) if damage is None else (70, True))
     live(*other, 3)
     assert same(weights(other[0]), weights(expected[0]))
-    assert torch.equal(other[1].valid, expected[1].valid) and torch.equal(other[1].n, expected[1].n)
+    assert torch.equal(other[1].history, expected[1].history) and other[1].n == expected[1].n
     assert torch.equal(other[1].frames, expected[1].frames)
-    progress = dataclasses.replace(loaded, step=loaded.step + 30, frames=other[1].n.tolist())
-    rl.save_state(tmp_path, progress, *other, loaded.frames)
+    progress = dataclasses.replace(loaded, step=loaded.step + 30, rows=other[1].n)
+    rl.save_state(tmp_path, progress, *other, loaded.rows)
     left = sorted(int(path.name[:10]) for path in tmp_path.glob("*.state.pt"))
     assert left == [loaded.step, loaded.step + 30]  # what was damaged is no generation
     live(*other, 1)
-    rl.save_state(tmp_path, dataclasses.replace(progress, step=loaded.step + 40), *other, progress.frames)
+    rl.save_state(tmp_path, dataclasses.replace(progress, step=loaded.step + 40), *other, progress.rows)
     assert not (tmp_path / "0000000050.replay.pt").exists()  # the ring has gone round since, in both states
     fresh = make_run(3)
     assert rl.load_state(tmp_path, *fresh).step == loaded.step + 40
-    assert torch.equal(fresh[1].frames, other[1].frames) and torch.equal(fresh[1].valid, other[1].valid)
+    assert torch.equal(fresh[1].frames, other[1].frames) and torch.equal(fresh[1].history, other[1].history)
 
 
 def test_a_state_that_cannot_be_used_leaves_nothing_in_replay(tmp_path):
     """Its part of replay was read before its weights turned out to be another agent's."""
     run = make_run(1, capacity=200)
-    for step, before in ((50, [0]), (60, [55])):
+    for step, before in ((50, 0), (60, 55)):
         live(*run, 5 if step == 50 else 1)
-        rl.save_state(tmp_path, rl.Progress(step=step, frames=run[1].n.tolist()), *run, before)
+        rl.save_state(tmp_path, rl.Progress(step=step, rows=run[1].n), *run, before)
     path = tmp_path / "0000000060.state.pt"
     state = envs.load_tensors(path)
     envs.save_tensors(path, state | {"agent": {key: value for key, value in state["agent"].items() if key.startswith("masker.")}})
     other = make_run(2, capacity=200)
     assert rl.load_state(tmp_path, *other).step == 50
-    assert other[1].n.tolist() == [55] and other[1].valid.nonzero().squeeze(1).tolist() == [i for i in range(55) if i % 11 != 10]
+    assert other[1].n == 55 and other[1].transitions().tolist() == [i for i in range(55) if i % 11 != 0]
 
 
-def test_a_run_does_not_go_on_with_another_masker(tmp_path):
-    """Replay's masks are the first one's."""
+def test_a_run_goes_on_with_its_own_masker(tmp_path):
+    """Replay's masks are that one's: whatever --masker-path holds by now, or in whatever precision the run goes on."""
     run, other = make_run(1), make_run(1)
     live(*run, 5)
-    rl.save_state(tmp_path, rl.Progress(step=50, frames=run[1].n.tolist()), *run, [0])
+    rl.save_state(tmp_path, rl.Progress(step=50, rows=run[1].n), *run, 0)
     with torch.no_grad():
         other[0].masker.head.bias += 1
-    with pytest.raises(UserError, match=r"0000000050.state.pt is of another masker"):
-        rl.load_state(tmp_path, *other)
+    assert rl.load_state(tmp_path, *other).step == 50
+    assert same(weights(other[0].masker), weights(run[0].masker))
+    half = make_agent(precision="bf16")
+    assert rl.load_state(tmp_path, half, *make_run(1)[1:]).step == 50
+    assert half.masker.head.bias.dtype == torch.bfloat16 and torch.equal(half.masker.head.bias, run[0].masker.head.bias.bfloat16())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
