@@ -514,7 +514,7 @@ def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
             raise ValueError("not the weights of an agent")
         return agent, checkpoint
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"--evaluate {path}: not a checkpoint of this script ({envs.brief(error)})") from None
+        raise UserError(f"{path}: not a checkpoint of this script ({envs.brief(error)})") from None
 
 
 @dataclass

@@ -64,6 +64,8 @@ def draw(path: Path, window: int = 5) -> None:
 def main(args: Args) -> None:
     if len(args.runs) != len(args.labels):
         sys.exit(f"error: {len(args.runs)} --runs and {len(args.labels)} --labels: give one for each")
+    if len(set(args.labels)) < len(args.labels):
+        sys.exit("error: two --labels are one; a curve has to have a name of its own")
     if missing := [path for run in args.runs for name in ("returns", "evaluations") if not (path := Path(run) / f"{name}.csv").is_file()]:
         sys.exit(f"error: {missing[0]}: no such file; --runs are folders of talas_asymmetric_sac.py's runs")
     output = Path(f"{args.output}.csv")

@@ -19,6 +19,7 @@ from scipy.spatial.distance import cdist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import envs
 import talas_asymmetric_sac as talas
+from benchmarks.evaluate import with_media
 
 
 @dataclass
@@ -68,8 +69,9 @@ def main(args: Args) -> None:
     run = agents[0][1]["args"]
     if len({rest["args"].env for _, rest in agents}) > 1:
         raise envs.UserError("--checkpoints: agents of one task can be compared, these are of several")
+    run = with_media(run, args.distractors, (args.setting,))
     moments = visit(agents[0][0], run, args.states)
-    env = envs.make_env(run.env, args.setting, run.seed, **talas.env_options(run) | {"distractors": args.distractors})
+    env = envs.make_env(run.env, args.setting, run.seed, **talas.env_options(run))
     stacks = np.empty((args.states, args.backgrounds, *env.observation_space["pixels"].shape), np.uint8)
     for b in range(args.backgrounds):
         env.reset(options={"episode": b})

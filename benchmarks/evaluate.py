@@ -7,6 +7,7 @@ python benchmarks/evaluate.py --checkpoints runs/.../checkpoint.pt --export resu
 
 import csv
 import json
+import multiprocessing
 import os
 import shlex
 import sys
@@ -45,6 +46,7 @@ class Args:
 
 def method(args: talas.Args) -> str:
     """The README's name of what these flags are."""
+    args = replace(args, clean_masker=None if args.clean_masker == args.masker else args.clean_masker)
     for name, flags in VARIANTS.items():
         variant = tyro.cli(talas.Args, args=shlex.split(flags))
         if all(getattr(variant, flag) == getattr(args, flag) for flag in METHOD):
@@ -84,12 +86,17 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def replace_rows(path: Path, key: str, rows: list[dict]) -> None:
-    """Write rows that have one value of `key` (a run, a task) into a CSV, in place of those that had it."""
-    before = read(path)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([row for row in before if row[key] != rows[0][key]] + rows)
+    """Write rows that have one value of `key` (a run, a task) into a CSV, in place of those that had it. A column that only others have stays."""
+    others = [row for row in read(path) if row[key] != rows[0][key]]
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows[:1] + others for name in row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(others + rows)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    envs.write_whole(path, write)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -111,11 +118,9 @@ def export(path: Path, folder: Path) -> None:
 
 
 def main(args: Args) -> None:
-    settings = talas.settings_of(args.settings, args.distractors)
-    if args.episodes < 1:
-        raise envs.UserError(f"--episodes {args.episodes}: has to be at least 1")
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    settings, output = tuple(dict.fromkeys(talas.settings_of(args.settings, args.distractors))), Path(args.output)
+    if args.episodes < 1 or not args.checkpoints:
+        raise envs.UserError("nothing to evaluate: --checkpoints and --episodes have to be at least one")
     for name in args.checkpoints:
         path = Path(name)
         checkpoint = talas.load_agent(path)[1]
@@ -123,7 +128,9 @@ def main(args: Args) -> None:
         label = f"{run.env}__{run.exp_name}__{run.seed}__{checkpoint['step']}"
         for row in read(output / "runs.csv"):
             if row["run"] == label and row["command"] != command(run):
-                raise envs.UserError(f"{output}/runs.csv has another agent called {label}, {row['command']!r}: give runs an --exp-name of their own")
+                raise envs.UserError(
+                    f"{output}/runs.csv has another agent called {label}, {row['command']!r}: give runs an --exp-name of their own, or --output"
+                )
         played_as = with_media(run, args.distractors, settings)
         jobs = [(setting, episode) for setting in settings for episode in range(args.episodes)]
         played = list(tqdm(talas.play_all(path, played_as, jobs), path.parent.name, len(jobs), unit="episode"))
@@ -138,8 +145,11 @@ def main(args: Args) -> None:
             low, high = interval(returns)  # clipped: each negative return as 0, as RL-ViGen averages
             cells = f"{returns.mean():.1f}", f"{returns.std():.1f}", f"{low:.1f} to {high:.1f}", f"{returns.clip(0).mean():.1f}"
             print(print_row(setting, *cells, f"{iou.mean():.3f}", f"{success.mean():.0%}").replace("nan%", "–").replace("nan", "–"))
-        metrics = path.parent / "metrics.json"
-        seconds = json.loads(metrics.read_text()).get("train/seconds", "") if metrics.is_file() else ""
+        metrics, episodes = path.parent / "metrics.json", read(path.parent / "returns.csv")
+        if metrics.is_file():
+            seconds = json.loads(metrics.read_text()).get("train/seconds", "")
+        else:  # a run that was stopped, or is not over
+            seconds = episodes[-1]["seconds"] if episodes else ""
         about = {"run": label, "env": run.env, "method": method(run), "seed": run.seed, "agent_steps": checkpoint["step"]}
         segmenter = "none" if run.masker == "none" else args.segmenter
         about |= {"action_repeat": run.action_repeat or envs.task_row(run.env).repeat, "segmenter": segmenter, "precision": run.precision}
@@ -157,3 +167,7 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except envs.UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():  # they would play their episodes to the end
+            process.kill()
+        sys.exit(130)

@@ -10,12 +10,15 @@ child processes of a long run with a small replay. Writes <output>/faults.json; 
 
 import csv
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +53,10 @@ class Args:
 
 
 def start(cwd: Path, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, SCRIPT, *CHEAP, *flags], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    media = {key: os.path.abspath(folder) for key in ("TALAS_DISTRACTORS", "TALAS_OVERLAY") if (folder := os.environ.get(key))}
+    command, pipe = [sys.executable, SCRIPT, *CHEAP, *flags], subprocess.PIPE
+    process = partial(subprocess.Popen, command, cwd=cwd, env=os.environ | media, preexec_fn=envs.end_with_parent)
+    return process(stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def outcome(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, float], list[dict[str, str]], str]:
@@ -67,7 +73,9 @@ def kill(args: Args, folder: Path) -> dict[str, float]:
     flags = ["--action-repeat=50", f"--total-timesteps={args.kill_steps}", "--learning-starts=100", "--checkpoint-every=40", "--eval-every=500"]
     whole = start(folder, *flags, "--exp-name=whole")
     chance, result = random.Random(args.seed), {"kills": 0, "kills/while a checkpoint was written": 0, "kills/before the first checkpoint": 0}
-    whole.communicate()
+    out = whole.communicate()[0]
+    if whole.returncode:
+        raise SystemExit(f"error: the run that nobody kills ended with exit code {whole.returncode}\n{out[-2000:]}")
     bar = tqdm(total=args.kills, unit="kill")
     while result["kills"] < args.kills:
         process, began = start(folder, *flags, "--exp-name=pieces", "--resume=auto"), time.time()
@@ -152,4 +160,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is under way ends with this process; the temporary folder goes
     main(tyro.cli(Args, description=__doc__))

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.curves import draw, plt
 from benchmarks.evaluate import read
 from benchmarks.tables import METHODS
+from envs import UserError
 
 
 @dataclass
@@ -34,14 +35,15 @@ def bars(results: Path) -> None:
             for row in page
             if row["task"] == task and row["setting"] == "video_hard"
         ]
-        ours = defaultdict(list)  # of a method at a budget, each seed's mean
+        ours = defaultdict(list)  # of a method at a budget, each run's mean, with its seed
         for run in (run for run in runs if run["env"] == task):
             returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
             if returns:
-                ours[METHODS[run["method"]], int(run["agent_steps"]), run["action_repeat"], run["segmenter"]].append(np.mean(returns))
-        for (method, steps, *_), means in ours.items():
-            seeds = f", {len(means)} seeds" * (len(means) > 1)
-            shown.append((f"ours: {method}, {steps / 1000:g}k{seeds}", float(np.mean(means)), "tab:orange"))
+                ours[METHODS[run["method"]], int(run["agent_steps"]), run["action_repeat"], run["segmenter"]].append((np.mean(returns), run["seed"]))
+        for (method, steps, *_), runs_of in ours.items():
+            count = len({seed for _, seed in runs_of})
+            seeds = f", {count} seeds" * (count > 1)
+            shown.append((f"ours: {method}, {steps / 1000:g}k{seeds}", float(np.mean([mean for mean, _ in runs_of])), "tab:orange"))
         names, values, colours = zip(*shown, strict=True)
         axes.barh(names, values, color=colours)
         axes.invert_yaxis()
@@ -73,8 +75,9 @@ def maps(path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    results = Path(args.results)
-    drawn = []
+    results, drawn = Path(args.results), []
+    if missing := [name for name in ("published_returns.csv", "runs.csv", "evaluations.csv") if not (results / name).is_file()]:
+        raise UserError(f"{results}/{missing[0]}: no such file; --results is a folder like results/")
     for path in sorted(results.glob("*.csv")):
         head = path.read_text().partition("\n")[0]
         if head == "run,figure,step,value":
@@ -89,4 +92,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -16,8 +17,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import machine, replace_rows
-from envs import UserError, cpu_has_bf16, load_tensors, resolve_env_id, write_image
-from talas_phase2 import Masker, predict
+from envs import UserError, cpu_has_bf16, resolve_env_id, write_image
+from talas_phase2 import load_teacher, predict
 
 
 @dataclass
@@ -28,32 +29,35 @@ class Args:
     machine: str | None = None  # and where; by default this machine
     output: str = "results/masks"
     """writes <output>.png and <output>.csv"""
-    settings: tuple[str, ...] = ("clean", "procedural")
+    settings: tuple[Literal["clean", "overlay", "procedural", "video_easy", "video_hard"], ...] = ("clean", "procedural")
     """the picture's settings: the project's own backgrounds, so that it can be shown anywhere"""
 
 
 def newest_run(env_id: str, phase: str, folder: Path) -> tuple[dict, dict]:
-    """The arguments and metrics of the last run of a phase that wrote into the folder, and not into another one that was asked for."""
-    for path in sorted(Path("runs").glob(f"{env_id}__{phase}__*/metrics.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+    """The arguments and metrics of the last run of a phase, of whatever name, that wrote into the folder and not into another one."""
+    flag = "output" if phase == "phase1" else "maskers"
+    for path in sorted(Path("runs").glob(f"{env_id}__*/metrics.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         arguments, metrics = (json.loads((path.parent / name).read_text()) for name in ("args.json", "metrics.json"))
-        asked = arguments["output" if phase == "phase1" else "maskers"]
-        if asked is None or Path(asked).resolve() == folder.resolve():
+        if flag in arguments and Path(arguments[flag] or folder).resolve() == folder.resolve():
             return arguments, metrics
     raise UserError(f"runs/ has no run of {env_id}'s {phase} that wrote {folder}")
 
 
 def main(args: Args) -> None:
+    if not args.envs or not args.settings:
+        raise UserError("nothing to show: --envs and --settings have to be at least one")
     rows = []
     for env_id in map(resolve_env_id, args.envs):
         folder = Path(f"runs/maskers/{env_id}")
         if missing := [name for name in ("student.pt", "frames.npz") if not (folder / name).is_file()]:
             raise UserError(f"{folder}/{missing[0]}: not there; run talas_phase1.py and talas_phase2.py --env {env_id}")
-        masker = Masker()
-        masker.load_state_dict(load_tensors(folder / "student.pt")["state_dict"])
+        masker = load_teacher(folder / "student.pt", env_id)[0]  # a student's file is like its teacher's
         with np.load(folder / "frames.npz", allow_pickle=False) as archive:
             n = len(archive["test_masks"])
             chosen, cells = [n // 8, 5 * n // 8, 7 * n // 8], []
             for setting in args.settings:
+                if f"test_{setting}" not in archive:
+                    raise UserError(f"{folder}/frames.npz: no {setting} frames; Phase I makes them where it finds the media")
                 frames = archive[f"test_{setting}"][chosen]
                 kept = (frames * (predict(masker, frames, torch.device("cpu"), cpu_has_bf16()) > 0.5)[:, None]).astype(np.uint8)
                 cells += [image for pair in zip(frames, kept, strict=True) for image in pair]

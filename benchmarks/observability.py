@@ -94,17 +94,19 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
 
 
 def main(args: Args) -> None:
+    if args.steps < 1250:
+        sys.exit(f"error: --steps {args.steps}: give at least 1250, ten episodes, of which 500 steps are random")
     print(f"{'variant':<12}{'seed':>5}{'pole hidden':>13}{'return, last 8 episodes':>25}")
+    table = [["variant", "seed", "step", "train_return", "pole_hidden"]]
+    for seed in args.seeds:
+        for variant in args.variants:
+            episodes = learn(args, variant, seed)
+            table += [[variant, seed, step, f"{total:.2f}", f"{hidden:.3f}"] for step, total, hidden in episodes]
+            last, hidden = np.mean([total for _, total, _ in episodes[-8:]]), np.mean([hidden for *_, hidden in episodes])
+            print(f"{variant:<12}{seed:>5}{hidden:>13.2f}{last:>25.1f}", flush=True)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    with Path(args.output).open("w", newline="", buffering=1) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["variant", "seed", "step", "train_return", "pole_hidden"])
-        for seed in args.seeds:
-            for variant in args.variants:
-                episodes = learn(args, variant, seed)
-                writer.writerows([variant, seed, step, f"{total:.2f}", f"{hidden:.3f}"] for step, total, hidden in episodes)
-                last, hidden = np.mean([total for _, total, _ in episodes[-8:]]), np.mean([hidden for *_, hidden in episodes])
-                print(f"{variant:<12}{seed:>5}{hidden:>13.2f}{last:>25.1f}", flush=True)
+    with Path(args.output).open("w", newline="") as file:  # not before the end: an interrupted run leaves the last one's table
+        csv.writer(file, lineterminator="\n").writerows(table)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def main(args: Args) -> None:
     device, _ = envs.set_up_torch(args.device, args.seed, True)
     if not args.detectors and not args.masks:
         raise envs.UserError("nothing to compare: give --detectors and --sam-checkpoint, or --masks")
+    if args.frames < 1 or (args.detectors and not args.box_thresholds):
+        raise envs.UserError("nothing to compare on: --frames and --box-thresholds have to be at least one")
     own, length = envs.task_row(args.env).prompt, 16 if args.masks else 1
     common = {"env": args.env, "seed": args.seed, "segment_frames": args.frames, "segment_size": args.size, "sequence_length": length}
     common |= {"sam_type": args.sam_type, "sam_checkpoint": args.sam_checkpoint}

@@ -154,6 +154,8 @@ def time_sam() -> float:
 
 
 def main(args: Args) -> None:
+    if args.loop_steps < 8 or args.repeats < 1:
+        raise UserError("--loop-steps has to be at least 8, two updates of the slowest loop, and --repeats 1")
     device, bf16 = set_up_torch(args.device, 0, True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores"
     photos = load_photographs(None, 1000, 0).to(device)

@@ -15,7 +15,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import interval, read
-from envs import TASKS, task_row
+from envs import TASKS, UserError, task_row
 
 BEGIN, END = "<!-- benchmarks/tables.py writes the {} from here -->", "<!-- to here -->"
 DMC = ("cartpole_swingup", "walker_walk", "walker_stand", "ball_in_cup_catch", "finger_spin", "cheetah_run")
@@ -44,6 +44,10 @@ class Args:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def maskers(rows: list[dict[str, str]], brief: bool = False) -> str:
@@ -92,18 +96,22 @@ def firsts(page: list[dict[str, str]]) -> str:
 
 
 def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[dict[str, str]]) -> str:
-    """A row per agent: mean return, its 95% interval over episodes, their number; the drops; the page's TaLaS and its best."""
+    """A row per agent: mean return, its 95% interval over episodes, their number, Adroit's success rate; the drops; the page's TaLaS and its best."""
     rows = []
     for run in sorted(runs, key=lambda run: (run["env"], -int(run["agent_steps"]), list(METHODS).index(run["method"]), int(run["seed"]))):
         cells, means = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"{int(run['agent_steps']):,} × {run['action_repeat']}"], {}
         for setting in SHOWN:
-            returns = np.array([float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)])
-            if len(returns):
+            played = [row for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)]
+            returns, success = (np.array([float(row[key]) for row in played]) for key in ("return", "success"))
+            cell = ""
+            if played:
                 low, high = interval(returns)
                 means[setting] = returns.mean()
-            cells.append(f"{means[setting]:.0f} ({low:.0f} to {high:.0f}; {len(returns)})" if len(returns) else "")
-        for easy, hard in (("train", "video_hard"), ("video_easy", "video_hard")):
-            cells.append(f"{1 - means[hard] / means[easy]:.1%}" if {easy, hard} <= means.keys() else "")
+                cell = f"{number(returns.mean())} ({number(low)} to {number(high)}; {len(returns)})"
+                cell += "" if np.isnan(success).any() else f", success {success.mean():.0%}"
+            cells.append(cell)
+        for easy, hard in (("train", "video_hard"), ("video_easy", "video_hard")):  # of a return that is no gain, no share can be lost
+            cells.append(f"{1 - means[hard] / means[easy]:.1%}" if {easy, hard} <= means.keys() and means[easy] > 0 else "")
         for setting in ("video_easy", "video_hard"):
             said = {row["method"]: float(row["mean_return"]) for row in page if (row["task"], row["setting"]) == (run["env"], setting)}
             cells.append(f"{said['TaLaS']:g} / {max(said.values()):g}" if said else "")
@@ -143,34 +151,43 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
 
     rliable would be the library for it; its dependency arch 7.2.0 cannot be imported beside the pandas that it is installed with.
     """
-    scores = defaultdict(lambda: defaultdict(dict))  # by method, segmenter and budget; by task; by seed
+    scores = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )  # by method, segmenter and agent steps; by task; by seed, if it has several runs
     for run in runs:
         returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
         if returns and task_row(run["env"]).loader == "suite":
-            frames = int(run["agent_steps"]) * int(run["action_repeat"])
-            scores[run["method"], run["segmenter"], frames][run["env"]][run["seed"]] = np.mean(returns)
-    scores = {key: {task: means for task, means in tasks.items() if len(means) > 2} for key, tasks in scores.items()}
+            scores[run["method"], run["segmenter"], int(run["agent_steps"])][run["env"]][run["seed"]].append(np.mean(returns))
+    means = {key: {task: {seed: np.mean(own) for seed, own in seeds.items()} for task, seeds in tasks.items()} for key, tasks in scores.items()}
+    scores = {key: {task: seeds for task, seeds in tasks.items() if len(seeds) > 2} for key, tasks in means.items()}
     enough = {key: tasks for key, tasks in scores.items() if len(tasks) > 1}
     if not enough:
         return "No aggregates yet: they take three seeds on two tasks."
     rows, rng = [], np.random.default_rng(0)
-    for (method, segmenter, frames), tasks in enough.items():
+    for (method, segmenter, steps), tasks in enough.items():
         resampled = [np.concatenate([rng.choice([*means.values()], len(means)) for means in tasks.values()]) for _ in range(5000)]  # within tasks
         low, high = np.percentile([stats.trim_mean(sample, 0.25) for sample in resampled], (2.5, 97.5))
         centre = stats.trim_mean([mean for means in tasks.values() for mean in means.values()], 0.25)
         seeds = ", ".join(f"{task} {len(means)}" for task, means in tasks.items())
-        rows.append([METHODS[method], segmenter, f"{frames:,}", seeds, f"{centre:.0f}", f"{low:.0f} to {high:.0f}"])
-    return table(["method", "masks", "simulator frames", "seeds by task", "video_hard, interquartile mean", "95% interval"], rows)
+        rows.append([METHODS[method], segmenter, f"{steps:,}", seeds, f"{centre:.0f}", f"{low:.0f} to {high:.0f}"])
+    return table(["method", "masks", "agent steps", "seeds by task", "video_hard, interquartile mean", "95% interval"], rows)
 
 
 def main(args: Args) -> None:
     results = Path(args.results)
+    front, own = results.parent / "README.md", results / "README.md"
     names = ("published_returns.csv", "runs.csv", "evaluations.csv", "masks.csv")
+    if missing := [path for path in (front, own, *(results / name for name in names)) if not path.is_file()]:
+        raise UserError(
+            f"{missing[0]}: no such file; --results is a folder like results/, whose tables are written into its README.md and the one above"
+        )
     page, runs, episodes, mask_rows = (read(results / name) for name in names)
+    if unknown := {run["method"] for run in runs} - METHODS.keys():
+        raise UserError(f"{results}/runs.csv: unknown method {', '.join(unknown)}; give it a name in METHODS")
     returns = f"""### Ours
 
 Undiscounted returns of the mean policy: mean (95% bootstrap interval over episodes; their number). **Where `sim` stands below as the masks' source,
-they are the simulator's own, which the page's are not**; a benchmark run has 500,000 agent steps; `video_easy` has 6 of its 10 videos.
+they are the simulator's own, which the page's are not**; a benchmark run has 500,000 agent steps.
 One row is one training run: intervals say nothing about other seeds. Cells that have not been run are empty.
 
 {ours(runs, episodes, page)}
@@ -195,15 +212,20 @@ Where they come from:
 
 By these tables TaLaS has the highest return in {firsts(page)};
 the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; the page says 332."""
-    front, own = results.parent / "README.md", results / "README.md"
+    texts = {path: path.read_text() for path in (front, own)}
     for path, name, tables in ((front, "masks", maskers(mask_rows, brief=True)), (own, "masks", maskers(mask_rows)), (own, "returns", returns)):
-        before, begin, rest = path.read_text().partition(BEGIN.format(name))
+        before, begin, rest = texts[path].partition(BEGIN.format(name))
         _, end, after = rest.partition(END)
         if not end:
-            sys.exit(f"error: {path}: has no line {BEGIN.format(name)!r} with a line {END!r} below it, between which the tables go")
-        path.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{after}")
+            raise UserError(f"{path}: has no line {BEGIN.format(name)!r} with a line {END!r} below it, between which the tables go")
+        texts[path] = f"{before}{begin}\n\n{tables}\n\n{end}{after}"
+    for path, text in texts.items():
+        path.write_text(text)
     print(f"written: {front}, {own}, {len(mask_rows)} figures of masks, {len(runs)} runs, {len(episodes)} episodes")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")

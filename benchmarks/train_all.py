@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import UserError, cores, end_with_parent, resolve_env_id
+from envs import UserError, cores, end_with_parent, resolve_env_id, write_whole
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = {  # the README's ablations
@@ -47,10 +47,12 @@ class Args:
     seeds: tuple[int, ...] = (1,)  # a run for each task and variant
     variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, symmetric_mix, teacher, figure2, sada, svea, sac
     flags: str = ""  # what every run is given besides, as one string with an equals sign: --flags="--total-timesteps 100000 --encoder small"
+    name: str = ""  # goes before the variant in runs' names, so that another sweep's runs, with other flags, are told apart: small_talas, ...
     jobs: int = 2  # runs at a time; each computes with an equal share of the cores, but for its evaluations
-    memory: float = 20.0  # GB that all runs may take together
-    memory_per_run: float | None = None  # GB that one is expected to take; by default its replay, 1.5, and 0.5 a core while it evaluates
-    output: str = "results/train_all.csv"  # the table
+    memory: float | None = None  # GB that all runs may take together; by default what is free
+    memory_per_run: float | None = None
+    """GB that one is expected to take; by default its replay, if that is not a GPU's, 1.5, and 0.5 a core while it evaluates"""
+    output: str = "results/train_all.csv"  # the table; rows of other runs stay in it
 
 
 def finished(run: talas.Args) -> Path | None:
@@ -60,32 +62,41 @@ def finished(run: talas.Args) -> Path | None:
 
 
 def main(args: Args) -> None:
-    unknown = set(args.variants) - VARIANTS.keys()
-    if unknown or args.jobs < 1:
-        raise UserError(f"unknown --variants {', '.join(unknown)}" if unknown else f"--jobs {args.jobs}: has to be at least 1")
+    if unknown := set(args.variants) - VARIANTS.keys():
+        raise UserError(f"unknown --variants {', '.join(unknown)}")
+    if args.jobs < 1 or not (args.envs and args.seeds and args.variants):
+        raise UserError("nothing to train: --envs, --seeds, --variants and --jobs have to be at least one")
     args.envs = tuple(resolve_env_id(env_id) for env_id in args.envs)
     logs = Path("runs/train_all")
     logs.mkdir(parents=True, exist_ok=True)
     waiting, rows, failed = [], [], []
     for env_id, variant, seed in ((e, v, s) for s in args.seeds for e in args.envs for v in args.variants):
-        own = [f"--env={env_id}", f"--seed={seed}", f"--exp-name={variant}", "--resume=auto"]
+        own = [f"--env={env_id}", f"--seed={seed}", f"--exp-name={args.name}{variant}", "--resume=auto"]
         flags = own + shlex.split(VARIANTS[variant]) + shlex.split(args.flags)
         rows.append((env_id, variant, seed, flags, tyro.cli(talas.Args, args=flags)))
     replay = max(min(run.replay_size, run.total_timesteps) for *_, run in rows) * 28.3e-6  # GB: a frame and its mask
-    each = args.memory_per_run or replay + 1.5 + 0.5 * min(cores(), 16)
-    if args.memory < each:
-        raise UserError(f"--memory {args.memory:g}: one run is expected to take {each:.1f} GB; give more, or its --flags a smaller --replay-size")
+    gpu = torch.cuda.is_available() and not any(run.device == "cpu" for *_, run in rows)
+    each = args.memory_per_run or 1.5 + 0.5 * min(cores(), 16) + (0 if gpu else replay)
+    memory = args.memory or talas.free_memory(torch.device("cpu"))
+    fit = min(memory / each, talas.free_memory(torch.device("cuda")) / (replay + 3) if gpu else memory)  # 3 GB: networks, a batch, CUDA itself
+    if fit < 1:
+        raise UserError(
+            f"one run is expected to take {each:.1f} GB of {memory:.1f}"
+            + f", {replay + 3:.1f} of the GPU's" * gpu
+            + "; give it a smaller --replay-size in --flags"
+        )
 
     for env_id, variant, seed, flags, run in rows:
         for masker in {run.masker, run.clean_masker or run.masker} - {"none"}:
             talas.find_masker(run, masker, torch.device("cpu"))  # one after the other, with all cores; here only to have them
-        name = f"{env_id}__{variant}__{seed}"
+        name = f"{env_id}__{args.name}{variant}__{seed}"
         if finished(run):
             print(f"{name}: finished before")
         else:
             waiting.append((name, flags))
 
-    at_once = min(args.jobs, int(args.memory / each))
+    at_once = max(1, min(args.jobs, int(fit), len(waiting)))
+    print(f"{len(waiting)} runs, {at_once} at a time" + f": more than {int(fit)} would not fit in memory, at {each:.1f} GB each" * (fit < args.jobs))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
     running: dict[str, subprocess.Popen] = {}
     bar = tqdm(total=len(waiting), unit="run")
@@ -111,13 +122,15 @@ def main(args: Args) -> None:
             process.wait()  # a checkpoint is finished, workers are ended
         bar.close()
 
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    with Path(args.output).open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["env", "variant", "seed", "figure", "value"])
-        for env_id, variant, seed, _, run in rows:
-            if metrics := finished(run):
-                writer.writerows([env_id, variant, seed, key, f"{value:.5g}"] for key, value in json.loads(metrics.read_text()).items())
+    output = Path(args.output)
+    table = [["env", "variant", "seed", "figure", "value"], *(list(csv.reader(output.read_text().splitlines()))[1:] if output.is_file() else [])]
+    for env_id, variant, seed, _, run in rows:
+        if metrics := finished(run):
+            key = [env_id, args.name + variant, str(seed)]
+            table = [row for row in table if row[:3] != key]
+            table += [[*key, figure, f"{value:.5g}"] for figure, value in json.loads(metrics.read_text()).items()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, lambda path: path.write_text("".join(f"{','.join(row)}\n" for row in table)))
     print(f"written: {args.output}")
     if failed:
         raise UserError(f"{len(failed)} of {len(rows)} runs failed: {', '.join(failed)}")
@@ -129,3 +142,6 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where the runs' last checkpoints left them")
+        sys.exit(130)

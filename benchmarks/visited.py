@@ -54,6 +54,8 @@ def roll(agent: Agent, args, prompt: str, setting: Setting, episode: int, simula
 def main(args: Args) -> None:
     agent, checkpoint = load_agent(Path(args.checkpoint))
     run, prompt = checkpoint["args"], checkpoint["prompt"]
+    if args.episodes < 1 or not args.settings or not args.drawn:
+        raise UserError("nothing to play: --episodes, --settings and --drawn have to be at least one")
     if run.masker == "none":
         raise UserError(f"--checkpoint {args.checkpoint}: an agent without a masker")
     run = with_media(run, args.distractors, (*args.settings, *args.drawn))

@@ -54,6 +54,33 @@ def test_rows_of_a_run_are_replaced(tmp_path):
     evaluate.replace_rows(path, "run", [{"run": "b", "value": "3"}])
     evaluate.replace_rows(path, "run", [{"run": "a", "value": "4"}])
     assert [(row["run"], row["value"]) for row in tables.read(path)] == [("b", "3"), ("a", "4")]
+    evaluate.replace_rows(path, "run", [{"run": "c", "value": "5", "new": "x"}])
+    evaluate.replace_rows(path, "run", [{"run": "a", "value": "6"}])  # by code that does not know the column
+    assert [tuple(row.values()) for row in tables.read(path)] == [("b", "3", ""), ("c", "5", "x"), ("a", "6", "")]
+    before = path.read_text()
+    with pytest.raises(ValueError):
+        evaluate.replace_rows(path, "run", [{"run": "a", "value": "7"}, {"run": "a", "what": "8"}])
+    assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_small_and_negative_returns():
+    """Three digits, Adroit's success, and no share lost of what is no gain."""
+    run = {"run": "a", "env": "pen", "method": "talas", "seed": "1", "agent_steps": "1000", "action_repeat": "2"}
+
+    def cells(**returns: float) -> list[str]:
+        episodes = [{"run": "a", "setting": s, "return": str(value), "success": "0.5"} for s, value in returns.items()]
+        return [cell.strip() for cell in tables.ours([run], episodes, []).splitlines()[2].split("|")[5:11]]
+
+    assert cells(train=0.4444, video_hard=0.3333) == [
+        "0.444 (0.444 to 0.444; 1), success 50%",
+        "",
+        "",
+        "0.333 (0.333 to 0.333; 1), success 50%",
+        "25.0%",
+        "",
+    ]
+    assert cells(train=-2, video_hard=-4)[4] == cells(train=0, video_hard=0)[4] == ""
+    assert cells(train=812.4, video_hard=-2.38)[0::3] == ["812 (812 to 812; 1), success 50%", "-2.38 (-2.38 to -2.38; 1), success 50%"]
 
 
 def test_tightness():
@@ -71,7 +98,10 @@ def test_interquartile_mean():
         runs.append({"run": f"{task}{seed}", **about})
         episodes += [{"run": f"{task}{seed}", "setting": "video_hard", "return": str(100 * i + j)} for j in (-1, 1)]
     aggregated = tables.aggregates(runs, episodes)
-    assert "| TaLaS | sim | 4,000 | walker_walk 3, cheetah_run 3 | 250 |" in aggregated
+    assert "| TaLaS | sim | 1,000 | walker_walk 3, cheetah_run 3 | 250 |" in aggregated
+    for run in runs[3:]:
+        run["action_repeat"] = "8"  # a budget is one of agent steps: the benchmark's 500,000 are more frames on some tasks
+    assert tables.aggregates(runs, episodes) == aggregated
     lone = {"run": "finger", "env": "finger_spin", "method": "talas", "segmenter": "sim", "seed": "1", "agent_steps": "1000", "action_repeat": "4"}
     finger = {"run": "finger", "setting": "video_hard", "return": "900"}  # one seed of a third task is left out, and takes nothing else along
     assert tables.aggregates([*runs, lone], [*episodes, finger]) == aggregated
@@ -124,6 +154,12 @@ def test_tables_and_figures_come_from_the_committed_files(tmp_path):
         (tmp_path / name).write_text(re.sub("(from here -->).*?(<!-- to here)", r"\1\n\2", committed[name], flags=re.DOTALL))
         assert committed[name].count("from here -->") == count and "`walker_walk` | teacher" not in (tmp_path / name).read_text()
     tables.main(tables.Args(results=str(results)))
+    assert {name: (tmp_path / name).read_text() for name in committed} == committed
+    (results / "masks.csv").rename(tmp_path / "elsewhere.csv")  # what is not there is said, and takes no table along
+    with pytest.raises(envs.UserError, match=r"results/masks\.csv: no such file"):
+        tables.main(tables.Args(results=str(results)))
+    with pytest.raises(envs.UserError, match=r"published_returns\.csv: no such file"):
+        figures.main(figures.Args(results=str(tmp_path)))
     assert {name: (tmp_path / name).read_text() for name in committed} == committed
     figures.main(figures.Args(results=str(results)))
     drawn = {path.name for path in results.glob("*.png")}
@@ -189,7 +225,8 @@ def test_curves_of_a_run_that_has_hardly_begun(tmp_path):
         (tmp_path / "run/evaluations.csv").write_text("step,figure,value\n40,eval/train/return_mean,3.5\n")
         curves.main(curves.Args(runs=(str(tmp_path / "run"),), labels=("ours",), output=str(tmp_path / "curve")))
     before = (tmp_path / "curve.csv").read_text()
-    for runs, labels, said in ((("run", "nowhere"), ("a", "b"), "nowhere/returns.csv: no such file"), (("run",), ("a", "b"), "give one for each")):
+    mistakes = [(("run", "nowhere"), ("a", "b"), "nowhere/returns.csv: no such file"), (("run",), ("a", "b"), "give one for each")]
+    for runs, labels, said in (*mistakes, (("run", "run"), ("a", "a"), "a name of its own")):
         with pytest.raises(SystemExit, match=said):
             curves.main(curves.Args(runs=tuple(str(tmp_path / run) for run in runs), labels=labels, output=str(tmp_path / "curve")))
     assert (tmp_path / "curve.csv").read_text() == before
@@ -198,8 +235,8 @@ def test_curves_of_a_run_that_has_hardly_begun(tmp_path):
 def test_maskers_figures_are_of_the_run_that_made_them(tmp_path, monkeypatch):
     """A later run of the phase that was told to write elsewhere is not taken for it."""
     monkeypatch.chdir(tmp_path)
-    for i, (name, maskers) in enumerate((("1", None), ("2", "runs/maskers/walker_walk"), ("3", "elsewhere"))):
-        run = Path(f"runs/walker_walk__phase2__{name}")
+    for i, (name, maskers) in enumerate((("phase2__1", None), ("mine__2", "runs/maskers/walker_walk"), ("phase2__3", "elsewhere"))):
+        run = Path(f"runs/walker_walk__{name}")
         run.mkdir(parents=True)
         (run / "args.json").write_text(json.dumps({"maskers": maskers, "steps": i}))
         (run / "metrics.json").write_text("{}")

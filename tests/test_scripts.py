@@ -554,10 +554,15 @@ def test_train_all_runs_what_is_not_finished(tmp_path):
     expected = metrics(only(tmp_path, "runs/cartpole_swingup__sac__1__*"))
     assert {row["figure"]: float(row["value"]) for row in rows} == pytest.approx(expected, rel=1e-3)
     assert {(row["env"], row["variant"], row["seed"]) for row in rows} == {("cartpole_swingup", "sac", "1")}
+    before = (tmp_path / "table.csv").read_text()
     out, err = finish(start("benchmarks/train_all", *args, "--seeds", "1", "-1", cwd=tmp_path), 1)
-    assert "cartpole_swingup__sac__1: finished before" in out
+    assert "cartpole_swingup__sac__1: finished before" in out and "1 runs, 1 at a time\n" in out
     assert "1 of 2 runs failed: cartpole_swingup__sac__-1" in err and "Traceback" not in err
     only(tmp_path, "runs/cartpole_swingup__sac__1__*")
+    _, err = finish(start("benchmarks/train_all", *args, "--name=other_", "--memory=0.1", cwd=tmp_path), 1)
+    assert err.startswith("error: one run is expected to take ") and "of 0.1" in err
+    _, err = finish(start("benchmarks/train_all", *args, "--name=other_", "--seeds", "-1", cwd=tmp_path), 1)  # another sweep leaves this one's rows
+    assert "cartpole_swingup__other_sac__-1" in err and (tmp_path / "table.csv").read_text() == before
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
