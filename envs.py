@@ -161,6 +161,15 @@ def start_worker() -> None:
     torch.set_num_threads(1)
 
 
+def online(url: str) -> bool:
+    """Does somebody answer, if only with an error? Downloaders' own retries take seconds without a network and minutes behind a firewall."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)
+    return True
+
+
 def cpu_has_bf16() -> bool:
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -232,39 +241,43 @@ def task_row(env_id: str) -> Task:
 
 
 # ---------------------------------------------------------------------------------------------------- the three loaders
-# A loader is a simulated task without pixels: `model`, `data`, `action_size` and SuiteTask's methods. All chance is in reset's `rng`, and what it
-# changes in the model is in TalasEnv.EPISODE_FIELDS.
-class Textured:
-    """What the suite and the A1 have in common: a sky and a ground texture, and no proprioception."""
+# A loader is a simulated task without pixels: `model`, `data` and SuiteTask's methods. All chance is in reset's `rng`, and what it changes in the
+# model is in TalasEnv.EPISODE_FIELDS.
+class Loader:
+    """What the three have in common, and the look of the suite and the A1: a sky, "skybox", and a ground, "grid"."""
 
     textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
-    ground: str  # the ground's texture; the sky's is "skybox" everywhere
+    hand = slice(0)  # Adroit's joints in qpos, which are the proprioception
+
+    def ctrl(self, action: np.ndarray) -> np.ndarray:
+        low, high = self.model.actuator_ctrlrange.T
+        return low + (action + 1) / 2 * (high - low)
+
+    def hold(self) -> np.ndarray:
+        """The action that leaves the motors' targets where they are: what to settle a state with."""
+        low, high = self.model.actuator_ctrlrange.T
+        return 2 * (self.data.ctrl - low) / (high - low) - 1
+
+    def proprio(self) -> np.ndarray:
+        return self.data.qpos[self.hand].astype(np.float32)
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         """Paint the sky, or sky and ground, black: colours, marks and the haze at the horizon. Reflections in the ground stay, as in RL-ViGen."""
-        for name in ("skybox",) if level == "easy" else ("skybox", self.ground):
+        for name in ("skybox",) if level == "easy" else ("skybox", "grid"):
             texture(self.model, name)[:] = 0
         self.model.vis.rgba.haze[:3] = 0
 
     def recolour(self, palette: dict[str, np.ndarray]) -> None:
         """Generate the ground's checker and the sky's gradient anew in a palette's colours. MuJoCo's own compiler draws them."""
-        self.textures.texture(self.ground).rgb1, self.textures.texture(self.ground).rgb2 = palette["grid_rgb1"], palette["grid_rgb2"]
+        self.textures.texture("grid").rgb1, self.textures.texture("grid").rgb2 = palette["grid_rgb1"], palette["grid_rgb2"]
         self.textures.texture("skybox").rgb1 = palette["skybox_rgb"]
         drawn = self.textures.compile()
-        for name in ("skybox", self.ground):
+        for name in ("skybox", "grid"):
             texture(self.model, name)[:] = texture(drawn, name)
 
-    def hold(self) -> np.ndarray:
-        return np.zeros(self.action_size)  # the action to settle a state with: no torque
 
-    def proprio(self) -> np.ndarray:
-        return np.zeros(0, np.float32)
-
-
-class SuiteTask(Textured):
+class SuiteTask(Loader):
     """A task of dm_control's suite."""
-
-    ground = "grid"
 
     def __init__(self, env_id: str):
         scene = "<mujoco><include file='./common/skybox.xml'/><include file='./common/materials.xml'/></mujoco>"
@@ -272,8 +285,6 @@ class SuiteTask(Textured):
         self.env = suite.load(*SUITE[env_id], task_kwargs={"random": 0})
         self.physics = self.env.physics
         self.model, self.data = self.physics.model.ptr, self.physics.data.ptr
-        spec = self.env.action_spec()
-        self.low, self.high, self.action_size = spec.minimum, spec.maximum, spec.shape[0]
 
     def reset(self, rng: np.random.Generator) -> None:
         self.env.task.random.seed(rng.integers(2**32))
@@ -281,7 +292,7 @@ class SuiteTask(Textured):
 
     def step(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
         """One control step of an action in [-1, 1]. Returns (reward, terminated, info)."""
-        timestep = self.env.step(self.low + (action + 1) / 2 * (self.high - self.low))
+        timestep = self.env.step(self.ctrl(action))
         return float(timestep.reward or 0), timestep.discount == 0, {}  # None: past its time limit dm_control begins a new episode by itself
 
 
@@ -294,10 +305,8 @@ _A1_Q0 = np.array([0.05, 0.22, -0.8, 0.05, 0.22, -0.8, 0.1, 0.68, 0, 0.1, 0.68, 
 _A1_CROUCH = np.array([0.05, 1.3, -2.69653, 0.05, 1.3, -2.69653, 0.1, 1.3, -2.69653, 0.1, 1.3, -2.69653])
 
 
-class UnitreeTask(Textured):
+class UnitreeTask(Loader):
     """RL-ViGen's two Unitree A1 tasks, on MuJoCo Menagerie's model, in RL-ViGen's scene."""
-
-    ground, action_size = "ground", 12
 
     def __init__(self, env_id: str):
         self.walk, spec = env_id == "unitree_walk", self._menagerie_spec(env_id)
@@ -311,9 +320,9 @@ class UnitreeTask(Textured):
         sky = {"type": mujoco.mjtTexture.mjTEXTURE_SKYBOX, "builtin": mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, "mark": mujoco.mjtMark.mjMARK_RANDOM}
         spec.add_texture(name="skybox", width=800, height=800, rgb1=(0.4, 0.6, 0.8), rgb2=(0, 0, 0), markrgb=(1, 1, 1), **sky)
         checker = {"type": mujoco.mjtTexture.mjTEXTURE_2D, "builtin": mujoco.mjtBuiltin.mjBUILTIN_CHECKER, "mark": mujoco.mjtMark.mjMARK_EDGE}
-        spec.add_texture(name="ground", width=300, height=300, rgb1=(0.2, 0.3, 0.4), rgb2=(0.1, 0.2, 0.3), markrgb=(0.8, 0.8, 0.8), **checker)
+        spec.add_texture(name="grid", width=300, height=300, rgb1=(0.2, 0.3, 0.4), rgb2=(0.1, 0.2, 0.3), markrgb=(0.8, 0.8, 0.8), **checker)
         material = spec.add_material(name="ground", texrepeat=(5, 5), texuniform=True, reflectance=0.2)
-        material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "ground"
+        material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "grid"
         world.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 0.05), material="ground", group=1)
         world.add_light(pos=(-1, -1, 4), dir=(1, 1, -4), diffuse=(0.7,) * 3, specular=(0.03,) * 3)
         trunk.add_camera(name="mounted", pos=(0.7, 0, 0.5), euler=(0, 0.83, 1.57))  # rides before the head and looks back and down
@@ -321,7 +330,6 @@ class UnitreeTask(Textured):
         self.textures, self.model = spec, spec.compile()
         self.data = mujoco.MjData(self.model)
         self.model.actuator_ctrlrange[:] = _A1_RANGES[env_id] * 4
-        self.low, self.high = self.model.actuator_ctrlrange.T.copy()
         self.reset(np.random.default_rng(0))
 
     @staticmethod
@@ -329,9 +337,8 @@ class UnitreeTask(Textured):
         """The robot alone, from MENAGERIE_ROOT, the package's cache or its download."""
         robot, cache = mujoco_menagerie.get("unitree_a1"), mujoco_menagerie.Cache()
         try:
-            if not cache.root and not cache.is_cached(robot):  # the package would retry for 7 s without a network, for minutes behind a firewall
-                with contextlib.suppress(urllib.error.HTTPError):  # somebody answers: let the download say what is wrong
-                    urllib.request.urlopen(urllib.request.Request(f"{cache.base_url}/{robot.asset}", method="HEAD"), timeout=5).close()
+            if not cache.root and not cache.is_cached(robot) and not online(f"{cache.base_url}/{robot.asset}"):
+                raise OSError("no network")
             return robot.spec("a1")
         except (mujoco_menagerie.MenagerieError, OSError, ValueError) as error:  # ValueError: a folder without a1.xml
             hint = "set MENAGERIE_ROOT to a folder that holds MuJoCo Menagerie's unitree_a1/"
@@ -349,7 +356,7 @@ class UnitreeTask(Textured):
 
     def step(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
         """One control step of 0.01 s: five of physics."""
-        self.data.ctrl[:] = self.low + (action + 1) / 2 * (self.high - self.low)
+        self.data.ctrl[:] = self.ctrl(action)
         mujoco.mj_step(self.model, self.data, 5)
         mujoco.mj_step1(self.model, self.data)  # mj_step leaves poses one physics step behind qpos; dm_control does the same
         return self._reward(), False, {}
@@ -368,9 +375,6 @@ class UnitreeTask(Textured):
         m = rewards.tolerance(velocity[0], (1, np.inf), margin=1, sigmoid="linear")
         return float((w + m + w * m) / 3)
 
-    def hold(self) -> np.ndarray:
-        return 2 * (self.data.ctrl - self.low) / (self.high - self.low) - 1  # the present targets, in [-1, 1]
-
 
 # Adroit: where the 24 hand joints start in qpos; VRL3's divisor of the dense reward (relocate's is ours); the camera's position and Euler angles
 # (the benchmark's; relocate's is ours: from the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
@@ -382,7 +386,7 @@ _ADROIT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class AdroitTask:
+class AdroitTask(Loader):
     """A task of gymnasium-robotics' Adroit hand, with the benchmark's camera and a corrected reward."""
 
     def __init__(self, env_id: str, reward: Literal["dense", "sparse"]):
@@ -390,8 +394,9 @@ class AdroitTask:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
             self.env = gym.make(f"gymnasium_robotics:AdroitHand{env_id.title()}-v1", reward_type=reward).unwrapped
         self.env_id, self.dense, self.spec = env_id, reward == "dense", _ADROIT[env_id]
-        self.model, self.data, self.action_size = self.env.model, self.env.data, self.env.model.nu
+        self.model, self.data = self.env.model, self.env.data
         self.model.vis.quality.shadowsize = 2048  # the suite's; 4096 take a third more time, for two pixels in a thousand
+        self.hand = slice(self.spec["hand"], self.spec["hand"] + 24)
         camera, (position, euler) = self.model.cam("vil_camera"), self.spec["camera"]
         camera.pos, camera.fovy = position, 45
         mujoco.mju_euler2Quat(camera.quat, np.array(euler, float), "xyz")
@@ -423,13 +428,6 @@ class AdroitTask:
         mujoco.mj_kinematics(self.model, self.data)  # the step leaves positions 2 ms behind the joints: picture and proprio of one instant
         mujoco.mj_camlight(self.model, self.data)
         return float(reward) / (self.spec["scale"] if self.dense else 1), False, {"success": bool(info["success"])}
-
-    def proprio(self) -> np.ndarray:
-        """(24,) the hand's joint angles (rad)."""
-        return self.data.qpos[self.spec["hand"] : self.spec["hand"] + 24].astype(np.float32)
-
-    def hold(self) -> np.ndarray:
-        return np.clip((self.data.ctrl - self.env.act_mean) / self.env.act_rng, -1, 1)
 
 
 # ------------------------------------------------------------------------------------------------ backgrounds and colours
@@ -469,30 +467,22 @@ def procedural_video(rng: np.random.Generator, length: int, size: int) -> np.nda
     return video
 
 
-def list_videos(distractors: str, setting: Setting) -> tuple[Path, ...]:
-    """The files of DMControl-GB's video_easy/ or video_hard/ folder in natural numeric order. Raises UserError where there are none."""
-    folder = Path(distractors) / setting
+@lru_cache
+def list_videos(distractors: str, setting: Setting) -> tuple[list[Path], int]:
+    """The videos of DMControl-GB's video_easy/ or video_hard/ in natural numeric order, and how many others cannot be decoded (a warning each)."""
+    folder, videos = Path(distractors) / setting, []
     if not folder.is_dir():
         have = sorted(p.name for p in Path(distractors).iterdir()) if Path(distractors).is_dir() else []
         raise UserError(f"--distractors {distractors}: expected DMControl-GB's layout, but no {setting}/ among {', '.join(have) or 'nothing'}")
-    videos = [p for p in folder.iterdir() if p.suffix.lower() in {".mp4", ".avi", ".mov", ".mkv", ".webm"}]
-    if not videos:
-        raise UserError(f"{folder}: no videos (.mp4, .avi, .mov, .mkv, .webm) in it")
-    return tuple(sorted(videos, key=lambda p: ([int(number) for number in re.findall("[0-9]+", p.stem)], p.name)))
-
-
-@lru_cache
-def readable_videos(distractors: str, setting: Setting) -> tuple[list[Path], int]:
-    """list_videos without those that cannot be decoded, and how many these are; a warning for each. Raises UserError where none is left."""
-    listed, videos = list_videos(distractors, setting), []
-    for path in listed:
+    listed = [p for p in folder.iterdir() if p.suffix.lower() in {".mp4", ".avi", ".mov", ".mkv", ".webm"}]
+    for path in sorted(listed, key=lambda p: ([int(number) for number in re.findall("[0-9]+", p.stem)], p.name)):
         try:
             read_video(path, 1, 84)
             videos.append(path)
         except UserError as error:
             warnings.warn(f"{error}: skipped", stacklevel=2)
     if not videos:
-        raise UserError(f"{Path(distractors) / setting}: none of its videos can be decoded")
+        raise UserError(f"{folder}: {'none of its videos can be decoded' if listed else 'no videos (.mp4, .avi, .mov, .mkv, .webm) in it'}")
     return videos, len(listed) - len(videos)
 
 
@@ -536,21 +526,10 @@ def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------ the environment
-class Renderer(mujoco.Renderer):
-    def close(self) -> None:
-        """MuJoCo's own (3.17) frees what it drew with in the OpenGL context of the moment: another environment's would be left drawing nothing."""
-        if self._gl_context:
-            self._gl_context.make_current()
-        super().close()
-
-
-RENDERERS: weakref.WeakSet[Renderer] = weakref.WeakSet()
-
-
-def close_renderers() -> None:
-    """Close what nobody closed: renderers that outlive EGL end in tracebacks at the interpreter's exit."""
-    for renderer in list(RENDERERS):
-        renderer.close()
+def close_renderer(renderer: mujoco.Renderer) -> None:
+    """MuJoCo's own (3.17) frees what it drew with in the OpenGL context of the moment: another environment's would be left drawing nothing."""
+    renderer._gl_context.make_current()
+    renderer.close()
 
 
 class TalasEnv(gym.Env):
@@ -595,17 +574,17 @@ class TalasEnv(gym.Env):
         if setting not in ("train", "procedural") and not self.distractors:
             raise UserError(f"{setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
         if setting.startswith("video"):
-            self._videos, self.videos_skipped = readable_videos(self.distractors, setting)
+            self._videos, self.videos_skipped = list_videos(self.distractors, setting)
         if setting.startswith("color"):
             self._palettes = load_colours(Path(self.distractors) / f"{setting}.pt")
             self.task.recolour(self._palettes[0])  # refuses a task without the textures at once
         elif setting != "train":
             self.task.key("easy" if setting == "video_easy" else "hard")  # before there is a renderer, which takes the textures along
-        self._renderer: Renderer | None = None
+        self._renderer: mujoco.Renderer | None = None
         self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
         self._episode, self._step = first_episode - 1, 0
-        self.action_space = gym.spaces.Box(-1, 1, (self.task.action_size,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (self.model.nu,), np.float32)
         pixels = gym.spaces.Box(0, 255, (3 * frame_stack, image_size, image_size), np.uint8)
         self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=gym.spaces.Box(-np.inf, np.inf, self.task.proprio().shape, np.float32))
 
@@ -660,13 +639,12 @@ class TalasEnv(gym.Env):
             offscreen = self.model.vis.global_
             offscreen.offwidth, offscreen.offheight = max(offscreen.offwidth, self.size), max(offscreen.offheight, self.size)
             try:
-                self._renderer = Renderer(self.model, self.size, self.size)
+                self._renderer = mujoco.Renderer(self.model, self.size, self.size)
             except Exception as error:  # what a missing driver raises depends on the backend
                 gl = os.environ.get("MUJOCO_GL")
                 raise UserError(f"MUJOCO_GL={gl} cannot render ({error}): unset it; on Debian or Ubuntu apt-get install libegl1 libgl1") from None
-            RENDERERS.add(self._renderer)
-            atexit.unregister(close_renderers)
-            atexit.register(close_renderers)  # last in, first out: after this renderer's start, so before EGL's own end
+            self._close = weakref.finalize(self, close_renderer, self._renderer)  # once: by close(), with the environment, or at the exit
+            atexit.register(self._close)  # last in, first out: after this renderer's start, so before EGL's own end
         # Twice for an infinite plane (the A1's), which MuJoCo lays out around the camera of the update before: a frame would depend on history.
         for _ in range(2 if self.row.loader == "unitree" else 1):
             self._renderer.update_scene(self.data, self.row.camera, option)
@@ -733,7 +711,7 @@ class TalasEnv(gym.Env):
 
     def close(self) -> None:
         if self._renderer is not None:
-            self._renderer.close()
+            self._close()
             self._renderer = None
 
 
@@ -910,10 +888,7 @@ def draw_settings(args: Args) -> None:
         row = np.concatenate(cells, 1).repeat(3, 0).repeat(3, 1)
         rows.append(cv2.putText(row, setting, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 255), 1, cv2.LINE_AA))
         env.close()
-    try:
-        write_image(Path(output), np.concatenate(rows)[..., ::-1])
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    write_image(Path(output), np.concatenate(rows)[..., ::-1])
     print(f"written: {output} (columns: the start, then 15 and 50 random steps later, each with the mask of {prompt!r})")
 
 
@@ -929,5 +904,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

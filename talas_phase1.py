@@ -14,14 +14,12 @@ Anything. `masks` reads what any other tool made of frames that --export-frames 
 Whoever made them, they lie as <phrase>.../<sequence>/<number>.png, a binary image for each frame: the interface, and the cache.
 """
 
-import contextlib
 import fnmatch
 import functools
 import multiprocessing
 import os
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -252,12 +250,12 @@ def visit_states(env: TalasEnv, kind: Kind, count: int, rng: np.random.Generator
                 else:
                     task.reset(rng)
                     steps = int(rng.integers(1, env.episode_steps // 2)) if kind == "sequence" else 1
-                action, held = rng.uniform(-1, 1, task.action_size), rng.choice([0.0, 0.8, 0.95])  # fresh noise, or pushes that get somewhere
+                action, held = rng.uniform(-1, 1, env.model.nu), rng.choice([0.0, 0.8, 0.95])  # fresh noise, or pushes that get somewhere
             if kind == "random":  # neighbouring steps look alike, and physics is cheap beside rendering
                 steps = rng.integers(1, 5)
             for _ in range(steps * env.repeat):
                 if rng.random() >= held:
-                    action = rng.uniform(-1, 1, task.action_size)
+                    action = rng.uniform(-1, 1, env.model.nu)
                 task.step(action)
         else:
             place(env, kind, rng)
@@ -340,11 +338,8 @@ def export_sequence(args: Args, folder: Path, index: int) -> None:
 
 def export_frames(args: Args, folder: Path, pool: ProcessPoolExecutor) -> None:
     """All sequences' frames that are not there yet."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        in_processes(pool, functools.partial(export_sequence, args, folder), lacking(args, folder), f"render {args.segment_size}² frames")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    in_processes(pool, functools.partial(export_sequence, args, folder), lacking(args, folder), f"render {args.segment_size}² frames")
 
 
 def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
@@ -372,13 +367,6 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
     return np.stack(masks)
 
 
-def online(url: str) -> bool:
-    with contextlib.suppress(OSError):
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
-        return True
-    return False
-
-
 def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str]], np.ndarray]:
     """A function of (N, H, W, 3) uint8 frames and P phrases that returns (P, N, H, W) bool masks: boxes by the detector, masks of them by SAM."""
     try:
@@ -394,7 +382,7 @@ def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str
         sam.load_state_dict(envs.load_plain(weights))
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"--sam-checkpoint {weights}: not the weights of {args.sam_type} ({envs.brief(error)})") from None
-    there = {"local_files_only": Path(args.detector).is_dir() or not online(os.environ.get("HF_ENDPOINT", HUB))}  # the hub's own retries take minutes
+    there = {"local_files_only": Path(args.detector).is_dir() or not envs.online(os.environ.get("HF_ENDPOINT", HUB))}
     try:
         processor = AutoProcessor.from_pretrained(args.detector, **there)
         detector = AutoModelForZeroShotObjectDetection.from_pretrained(args.detector, use_safetensors=True, **there).to(device).eval()

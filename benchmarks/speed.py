@@ -184,7 +184,7 @@ def main(args: Args) -> None:
     }
     result |= {f"step/{key}": value for key, value in time_in_turn(parts, device, args.repeats).items()}
     if distractors := os.environ.get("TALAS_DISTRACTORS"):
-        decode = partial(read_video, list_videos(distractors, "video_hard")[0], env.episode_steps + 1, env.size)
+        decode = partial(read_video, list_videos(distractors, "video_hard")[0][0], env.episode_steps + 1, env.size)
         result["episode/video decoded"] = time_in_turn({"": decode}, device, 1)[""]
         result["ratio/video decoded, over rendering the episode"] = result["episode/video decoded"] / (env.episode_steps * result["step/render"])
 

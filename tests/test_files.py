@@ -190,7 +190,7 @@ def test_broken_videos_are_skipped_and_counted(tmp_path, make, kind):
     folder.mkdir()
     BROKEN_VIDEOS[kind](folder / ("0.avi" if "header" in kind else "0.mp4"))
     with warnings.catch_warnings(action="ignore"), pytest.raises(UserError, match="video_hard: none of its videos can be decoded"):
-        envs.readable_videos(str(tmp_path), "video_hard")
+        envs.list_videos(str(tmp_path), "video_hard")
     write_video(folder / "1.mp4", macro_block_size=8)
     with pytest.warns(UserWarning, match=r"0\.(mp4|avi): .*skipped") as caught:
         env = make("cartpole_swingup", "video_hard", distractors=str(tmp_path))

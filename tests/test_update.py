@@ -700,8 +700,9 @@ def looped(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(rl.Replay, "sample", lambda self, n: (asked.append((n, self, self.n)), sample(self, n))[1])
+        patch.setattr(rl, "evaluate", lambda *_: {})  # at the end of a run, which is not what is looked at here
         patch.setattr(rl.Agent, "act", lambda *seen, mean: (acted.append((act(*seen, mean=mean), mean)), acted[-1][0])[1])
-        args = {"masker_path": ".", "clean_masker": "teacher", "eval_settings": ("train",), "eval_episodes": 1, "overlay_images": 20, "num_envs": 2}
+        args = {"masker_path": ".", "clean_masker": "teacher", "eval_settings": ("train",), "overlay_images": 20, "num_envs": 2}
         args |= {"total_timesteps": 80, "learning_starts": 40, "action_repeat": 50, "overlap": request.param == "overlap"}
         rl.main(rl.Args(env="cartpole_swingup", **SMALL | args))
     return next(cwd.glob("runs/*")), asked[0][1], [n for size, _, n in asked if size == SMALL["batch_size"]], acted, request.param
@@ -747,7 +748,8 @@ def test_replay_keeps_what_it_is_asked_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sampled, sample = [], rl.Replay.sample
     monkeypatch.setattr(rl.Replay, "sample", lambda self, n: (sampled.append(self), sample(self, n))[1])
-    args = {"masker": "none", "critic_views": "clean", "actor_views": "clean", "eval_settings": ("train",), "eval_episodes": 1, "replay_size": 100}
+    monkeypatch.setattr(rl, "evaluate", lambda *_: {})
+    args = {"masker": "none", "critic_views": "clean", "actor_views": "clean", "eval_settings": ("train",), "replay_size": 100}
     args |= {"total_timesteps": 130, "learning_starts": 129, "updates_per_step": 0.1, "action_repeat": 50}
     rl.main(rl.Args(env="cartpole_swingup", **SMALL | args))
     replay = sampled[-1]
