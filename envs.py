@@ -247,9 +247,10 @@ class Loader:
     """What the three have in common, and the look of the suite and the A1: a sky, "skybox", and a ground, "grid"."""
 
     textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
-    hand = slice(0)  # Adroit's joints in qpos, which are the proprioception
+    hand = slice(0)  # where Adroit's hand is in qpos
 
     def ctrl(self, action: np.ndarray) -> np.ndarray:
+        """(A,) an action in [-1, 1] as what the motors are told: torques, or angles to go to."""
         low, high = self.model.actuator_ctrlrange.T
         return low + (action + 1) / 2 * (high - low)
 
@@ -259,6 +260,7 @@ class Loader:
         return 2 * (self.data.ctrl - low) / (high - low) - 1
 
     def proprio(self) -> np.ndarray:
+        """(P,) float32: the hand's 24 joint angles (rad), or none."""
         return self.data.qpos[self.hand].astype(np.float32)
 
     def key(self, level: Literal["easy", "hard"]) -> None:
