@@ -440,7 +440,7 @@ class Replay:
         self.rewards, self.dones = empty(capacity), empty(capacity)
         self.history = torch.zeros(capacity, pixels[0] // 3 + 1, dtype=torch.int64)
         self.newest = torch.zeros(num_envs, pixels[0] // 3 + 1, dtype=torch.int64)  # by environment, its last row's history
-        self.capacity, self.n = capacity, 0  # rows ever written
+        self.capacity, self.n, self.first = capacity, 0, 0  # rows ever written; the first of them, if not all were restored
 
     def add_first(self, which: np.ndarray, pixels: torch.Tensor, masks: torch.Tensor, proprio: torch.Tensor) -> None:
         """What the environments `which` (M,) begin an episode with: pixels (M, 9, H, W), masks (M, 3, H, W), proprio (M, P)."""
@@ -469,6 +469,7 @@ class Replay:
 
     def restore(self, written: dict[str, torch.Tensor]) -> None:
         """What written_since returned, in the same order, into a replay without rows."""
+        self.first = self.first if self.n else int(written["numbers"][0])
         self._write(written["numbers"], [written[key] for key in self.STORES])
 
     def _stacks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -479,7 +480,7 @@ class Replay:
     def transitions(self) -> torch.Tensor:
         """(N,) slots of all rows to which a transition leads that is still whole."""
         oldest, last, this = self.history[:, 0], self.history[:, -2], self.history[:, -1]
-        return ((last < this) & (oldest >= self.n - self.capacity)).nonzero().squeeze(1)
+        return ((last < this) & (oldest >= max(self.first, self.n - self.capacity))).nonzero().squeeze(1)
 
     def sample(self, batch_size: int) -> Batch:
         whole = self.transitions()

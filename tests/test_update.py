@@ -636,6 +636,23 @@ def test_replay_against_lists(capacity, through_files):
     assert plain.check(2000) == expected and len(expected) > 6  # nothing is lost but what is overwritten
 
 
+def test_a_replay_without_its_beginning():
+    """Of what was written, restored from its second part on, into a longer ring: no transition reaches back behind that."""
+    written, restored = (rl.Replay(2, capacity, (9, 4, 5), 1, 1, torch.device("cpu")) for capacity in (50, 100))
+
+    def seen(n: int) -> list[torch.Tensor]:
+        return [torch.zeros(n, *shape, dtype=torch.uint8) for shape in ((9, 4, 5), (3, 4, 5))] + [torch.zeros(n, 1)]
+
+    written.add_first(np.arange(2), *seen(2))
+    for t in range(10):
+        if t == 5:
+            written.add_first(np.array([1]), *seen(1))
+        written.add_step(np.full((2, 1), t, np.float32), np.ones(2), np.zeros(2, bool), *seen(2))
+    restored.restore(written.written_since(12))  # from the second one's new beginning; the first one is in the middle of its episode
+    assert restored.n == written.n == 23 and len(written.transitions()) == 20
+    assert (restored.history[restored.transitions()] >= 12).all() and len(restored.transitions()) == 5 + 2
+
+
 class Counting(gym.Env):
     """Frames that say when they are: episode and step; the reward is the step's number."""
 
