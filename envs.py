@@ -102,6 +102,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     except RuntimeError as error:  # torch.save's, which does not say why
         raise OSError(f"{path}: is the disk full?") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # of the temporary file's name nobody has heard
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -604,6 +608,8 @@ class TalasEnv(gym.Env):
         self._episode = int((options or {}).get("episode", self._episode + 1))
         self._step, self._held = 0, 0
         self.task.reset(np.random.default_rng([self.base_seed, self._episode]))
+        if self.model.nhfield:
+            self.close()  # quadruped_escape's new terrain: the next renderer takes it along
         rng = np.random.default_rng([self.base_seed, self._episode, 1])  # of the look: one palette of the hundred, the procedural video
         if self.setting.startswith("color"):
             self.task.recolour(self._palettes[rng.integers(len(self._palettes))])
@@ -667,6 +673,8 @@ class TalasEnv(gym.Env):
     def segment(self, prompt: str) -> np.ndarray:
         """(H, W) bool: which pixels of the frame just rendered show what the prompt names. Raises UserError for a phrase it does not know."""
         wanted = [self._lookup(phrase) for phrase in parse_prompt(prompt)]
+        if self._renderer is None:
+            raise UserError("segment: no frame has been rendered; reset the environment first")
         option = mujoco.MjvOption()
         option.geomgroup[1] = not self.below_ground  # the A1's floor is alone in group 1
         self._renderer.enable_segmentation_rendering()
@@ -714,6 +722,7 @@ class TalasEnv(gym.Env):
     def close(self) -> None:
         if self._renderer is not None:
             self._close()
+            atexit.unregister(self._close)
             self._renderer = None
 
 
@@ -870,8 +879,8 @@ def draw_settings(args: Args) -> None:
     """A PNG: a row per setting; the start and two later states under random actions, each with its mask."""
     env_id, rows = resolve_env_id(args.env), []
     prompt, output = args.prompt or task_row(env_id).prompt, args.output or f"{env_id}.png"
-    if not cv2.haveImageWriter(output):
-        raise UserError(f"--output {output}: not the name of a picture that can be written; end it in .png")
+    if Path(output).suffix not in (".png", ".jpg", ".bmp", ".webp") or not Path(output).parent.is_dir():
+        raise UserError(f"--output {output}: not the name of a picture that can be written; end it in .png, and its folder has to be there")
     for setting in SETTINGS:
         try:
             env = make_env(env_id, setting, distractors=args.distractors)

@@ -468,8 +468,11 @@ class Replay:
         return {"numbers": numbers} | {key: store[(numbers % self.capacity).to(store.device)].cpu() for key, store in stores.items()}
 
     def restore(self, written: dict[str, torch.Tensor]) -> None:
-        """What written_since returned, in the same order, into a replay without rows."""
-        self.first = self.first if self.n else int(written["numbers"][0])
+        """What written_since returned, in the same order, beginning with a replay without rows."""
+        first = int(written["numbers"][0])
+        if self.n and first > self.n:
+            raise ValueError("a part of its replay is missing")
+        self.first = self.first if self.n else first
         self._write(written["numbers"], [written[key] for key in self.STORES])
 
     def _stacks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -528,7 +531,11 @@ class Progress:
     returns: list[float] = field(default_factory=list)  # of the last ten episodes
     episodes: list[int] = field(default_factory=list)  # by environment, the episode that it begins next
     rows: int = 0  # of replay, on the disk
+    learning_starts: int = 0  # the step of the first update, as the run began: a short run's is earlier, and stays where it was if it becomes longer
     sizes: list[int] = field(default_factory=lambda: [0, 0])  # of the two tables, in bytes: what comes after a checkpoint is written again
+
+
+LAYOUT = 2  # of what save_state writes
 
 
 def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, actions: gym.Space, before: int) -> None:
@@ -538,7 +545,12 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
     state = {"progress": asdict(progress), "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
     # All the chance there is in this process; episodes draw theirs from (seed, episode).
     cuda = replay.frames.device if replay.frames.is_cuda else None
-    state |= {"torch": torch.get_rng_state(), "cuda": cuda and torch.cuda.get_rng_state(cuda), "actions": actions.np_random.bit_generator.state}
+    state |= {
+        "layout": LAYOUT,
+        "torch": torch.get_rng_state(),
+        "cuda": cuda and torch.cuda.get_rng_state(cuda),
+        "actions": actions.np_random.bit_generator.state,
+    }
     envs.save_tensors(folder / f"{progress.step:010}.state.pt", state)
     states = sorted(folder.glob("[0-9]*.state.pt"))
     oldest = int(states[-2:][0].name[:10])
@@ -553,26 +565,33 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
     for path in states:
         try:
             state = envs.load_tensors(path)
+            if state.get("layout") != LAYOUT:
+                raise ValueError("of another version of this script")
+            progress = Progress(**state["progress"])
             replay.n = 0
             replay.history.zero_()
             for part in sorted(folder.glob("[0-9]*.replay.pt")):
                 if part.name[:10] <= path.name[:10]:
                     replay.restore(envs.load_tensors(part))
-            agent.load_state_dict(state["agent"])  # its masker as well, which made replay's masks, whatever lies in --masker-path by now
+            if replay.n != progress.rows:
+                raise ValueError("a part of its replay is missing")
+            agent.load_state_dict(state["agent"])
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
             torch.set_rng_state(state["torch"])
             if replay.frames.is_cuda and state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], replay.frames.device)
             actions.np_random.bit_generator.state = state["actions"]
-            for newer in folder.iterdir():
+            for newer in folder.glob("[0-9]*"):
                 if newer.name[:10] > path.name[:10]:
                     newer.unlink()  # it could not be read, and would count as a generation
-            return Progress(**state["progress"])
+            return progress
         except Exception as error:  # damaged files fail in many ways
             print(f"warning: {path} cannot be used ({envs.brief(error)})", flush=True)
     if states:
         raise UserError(f"{folder}: none of its checkpoints can be used")
+    for part in folder.glob("[0-9]*.replay.pt"):  # of a checkpoint that was never finished
+        part.unlink()
     return None
 
 
@@ -592,7 +611,9 @@ def find_run(args: Args) -> Path | None:
     """The folder of the run to go on with: the one asked for, or for auto the newest in runs/ that was given these arguments, if there is one."""
     if args.resume != "auto":
         return Path(args.resume)
-    varies = {"resume": None} | ({"precision": "auto"} if args.precision == "auto" else {})  # auto became what it stands for
+    varies = dict.fromkeys(
+        ("resume", "checkpoint_every", "device", *(["precision"] if args.precision == "auto" else []))
+    )  # auto became what it stands for
     asked = json.loads(json.dumps(asdict(args) | varies))
     for path in sorted(Path("runs").glob(f"{args.env}__{glob.escape(args.exp_name)}__{args.seed}__*/args.json"), reverse=True):
         with suppress(ValueError, TypeError, OSError):
@@ -695,8 +716,12 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     action_space.seed(args.seed)
 
     # ---- the frozen maskers, the photographs, the agent
-    masker, prompt = find_masker(args, args.masker, device) if args.masker != "none" else (None, None)
-    clean_masker = masker if args.clean_masker in (None, args.masker) else find_masker(args, args.clean_masker, device)[0]
+    kept, clean = run / "resume", args.clean_masker or args.masker
+    needed = [] if args.masker == "none" else list(dict.fromkeys((args.masker, clean)))
+    own = replace(args, masker_path=str(kept)) if needed and (kept / f"{needed[0]}.pt").is_file() else args  # a resumed run has copies
+    found = {which: find_masker(own, which, device) for which in needed}
+    masker, prompt = found.get(args.masker, (None, None))
+    clean_masker = found.get(clean, (None,))[0]
     both = "both" in (args.critic_views, args.actor_views)
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if both else None
     torch.manual_seed(args.seed)
@@ -713,11 +738,18 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     if args.compile:
         agent.update = torch.compile(agent.update, options={"fallback_random": True})  # eager mode's random numbers, and so its losses
     update = graphed(agent) if args.cudagraphs else agent.update
-    learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
 
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
-    progress = load_state(run / "resume", agent, replay, action_space) or Progress(episodes=[0] * args.num_envs)
+    kept.mkdir(exist_ok=True)
+    for which in needed if own is args else ():  # whatever becomes of their folder, the run goes on with the maskers that replay's masks are of
+        with saving("a copy of the masker"):
+            source = Path(args.masker_path or f"runs/maskers/{args.env}") / f"{which}.pt"
+            envs.write_whole(kept / source.name, partial(shutil.copyfile, source))
+    learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
+    fresh = Progress(episodes=[0] * args.num_envs, learning_starts=learning_starts)
+    progress = load_state(kept, agent, replay, action_space) or fresh
+    learning_starts = progress.learning_starts
     if args.track:
         import wandb
 
@@ -726,8 +758,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     writer = SummaryWriter(run, purge_step=progress.step + 1)  # TensorBoard forgets what came after the checkpoint
     cleanup.callback(curves()(writer.close))  # the context manager as a decorator: on a full disk, closing may fail as well
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
-    tables = [cleanup.enter_context((run / name).open("a", newline="", buffering=1)) for name in ("returns.csv", "evaluations.csv")]
+    tables = [(run / name).open("a", newline="", buffering=1) for name in ("returns.csv", "evaluations.csv")]
     for table, size in zip(tables, progress.sizes, strict=True):
+        cleanup.callback(saving(Path(table.name).name)(table.close))  # not as a context: on a full disk it would hide why the run ends
         table.truncate(size)
     returns, evaluations = map(csv.writer, tables)
     if not progress.step:
@@ -788,6 +821,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         if ended.any():
             vec_env.reset_async(options={"reset_mask": ended})
             seen = observe(clean_masker, vec_env.reset_wait(timeout=PATIENCE)[0], device)
+            check("a first observation", seen[2], proprio=seen[2])
             replay.add_first(np.flatnonzero(ended), *(part[ended] for part in seen))
             progress.episodes = [episode + int(over) for episode, over in zip(progress.episodes, ended, strict=True)]
         actions = action_space.sample() if progress.step < learning_starts else agent.act(*seen, mean=False)
@@ -820,7 +854,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             progress.seconds, progress.sizes, saved = time.time() - began, [os.fstat(table.fileno()).st_size for table in tables], progress.step
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
             with saving("a checkpoint to resume from"):
-                save_state(run / "resume", replace(progress, rows=replay.n), agent, replay, action_space, progress.rows)
+                save_state(kept, replace(progress, rows=replay.n), agent, replay, action_space, progress.rows)
                 progress.rows = replay.n
         bar.update(args.num_envs)
     bar.close()
@@ -830,7 +864,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     figures = report(run)
     figures |= {"train/steps": progress.step, "train/updates": progress.updates, "train/seconds": round(time.time() - began, 1)}
     envs.write_json(run / "metrics.json", figures)
-    shutil.rmtree(run / "resume", ignore_errors=True)  # gigabytes of replay, which nobody needs any more
+    shutil.rmtree(kept, ignore_errors=True)  # gigabytes of replay, which nobody needs any more
     films, again = ", ".join(f"{setting}.mp4" for setting in settings), shlex.join(["python", sys.argv[0], "--evaluate", f"{run}/checkpoint.pt"])
     print(f"\nwritten to {run}: checkpoint.pt, metrics.json, returns.csv, {films}\nagain: {again}")
 
@@ -849,7 +883,7 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
         own = replace(own, device="cpu", cudagraphs=False, track=False)  # played on the CPU, wherever it was trained
         free = ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision", "seed")
     elif args.resume and (run := find_run(args)):
-        free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "distractors", "overlay", "masker_path")
+        free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "distractors", "overlay")
         try:
             own = Args(**json.loads((run / "args.json").read_text()))
             own = replace(own, eval_settings=own.eval_settings and tuple(own.eval_settings))  # JSON has lists only
@@ -871,6 +905,7 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
 def main(args: Args, run: Path | None = None) -> None:
     """Train, go on with `run`, or evaluate: what read_args read."""
     if run and (run / "metrics.json").is_file():
+        shutil.rmtree(run / "resume", ignore_errors=True)
         return print(f"{run} came to its end before; nothing to do")
     if args.masker == "none" and (args.clean_masker or args.augmentation in ("swap", "mix")):
         raise UserError("--masker none: --clean-masker and --augmentation swap or mix need a --masker")

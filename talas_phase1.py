@@ -18,8 +18,10 @@ import fnmatch
 import functools
 import multiprocessing
 import os
+import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -244,7 +246,7 @@ def visit_states(env: TalasEnv, kind: Kind, count: int, rng: np.random.Generator
     for i in range(count):
         if kind in ("random", "sequence"):
             steps = 1
-            if i == 0 or env.below_ground:
+            if i == 0 or (kind == "random" and env.below_ground):  # a sequence is never cut
                 if kind == "sequence" and rng.random() < 0.5:
                     place(env, "spread", rng)
                 else:
@@ -337,8 +339,11 @@ def export_sequence(args: Args, folder: Path, index: int) -> None:
 
 
 def export_frames(args: Args, folder: Path, pool: ProcessPoolExecutor) -> None:
-    """All sequences' frames that are not there yet."""
+    """All sequences' frames that are not there yet. Raises UserError if those that are there have another size."""
     folder.mkdir(parents=True, exist_ok=True)
+    there = next(folder.glob(f"{sequence_names(args)[0]}/[0-9]*.png"), None)
+    if there and (frame := envs.decode_image(there, cv2.IMREAD_COLOR)) is not None and len(frame) != args.segment_size:
+        raise UserError(f"{there}: has {len(frame)} pixels, not --segment-size {args.segment_size}; delete {folder}, or name another")
     in_processes(pool, functools.partial(export_sequence, args, folder), lacking(args, folder), f"render {args.segment_size}² frames")
 
 
@@ -346,7 +351,7 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
     """(n, size, size) bool: a folder's masks, all sequences one after the other, brought down by area. Raises UserError for each way not to fit."""
     expected, masks, peak = [f"{i:05}.png" for i in range(args.sequence_length)], [], 0
     for sequence in sequence_names(args):
-        where, there = f"{folder}/{sequence}", {path.name for path in (folder / sequence).glob("*.png")}
+        where, there = f"{folder}/{sequence}", {path.name for path in (folder / sequence).glob("[!.]*.png")}
         missing, extra = sorted(set(expected) - there), sorted(there - set(expected))
         if missing and len(missing) == len(extra):
             raise UserError(f"{where}: misnumbered, {extra[0]} to {extra[-1]} have no frame; frames are {expected[0]} to {expected[-1]}")
@@ -414,8 +419,11 @@ def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str
 def run_sam(args: Args, phrases: list[str], device: torch.device, pool: ProcessPoolExecutor) -> list[Path]:
     """Write what is not there yet of a folder of masks per phrase, named by phrase, models and thresholds; returns the folders."""
     names, cache = sequence_names(args), Path(f"runs/segmented/{args.env}")
-    models = f"{Path(args.detector).name}__{Path(args.sam_checkpoint or '').stem}__{args.box_threshold}__{args.iou_threshold}__{args.segment_size}"
-    folders, frames = [cache / f"{phrase.replace(' ', '_')}__{models}" for phrase in phrases], cache / f"frames__{args.segment_size}"
+    detector, weights = Path(args.detector), Path(args.sam_checkpoint or "")
+    which = zlib.crc32(f"{detector.resolve() if detector.is_dir() else detector} {weights.resolve()}".encode())  # others may have these names as well
+    models = f"{detector.name}__{weights.stem}__{args.box_threshold}__{args.iou_threshold}__{args.segment_size}__{which:08x}"
+    folders = [cache / (re.sub(r"[^\w-]+", "_", phrase) + f"__{models}") for phrase in phrases]
+    frames = cache / f"frames__{args.segment_size}"
     if wanted := lacking(args, *folders):
         segment = load_sam(args, device)  # before the rendering: what is wrong with the weights shows at once
         export_frames(args, frames, pool)
@@ -499,6 +507,8 @@ def main(args: Args) -> None:
     env.reset()
     if args.segmenter == "sim":
         env.segment(prompt)  # a phrase that the simulator does not know is an error before anything is written
+    elif (yardstick := env.nameable(prompt)) != prompt:
+        print(f"the simulator cannot name all of {prompt!r}: IoU, but for single phrases, is with its masks of {yardstick!r}", flush=True)
     env.close()
     # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
@@ -511,6 +521,7 @@ def main(args: Args) -> None:
     finally:
         for process in multiprocessing.active_children():  # whatever they are in the middle of
             process.kill()
+        pool.shutdown(cancel_futures=True)  # its thread may otherwise meet the interpreter's own end
 
 
 def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.device, bf16: bool, pool: ProcessPoolExecutor) -> None:

@@ -152,6 +152,7 @@ def main(args: Args) -> None:
     try:
         with np.load(folder / "frames.npz", allow_pickle=False) as archive:
             frames, tests = archive["train_frames"], {key[5:]: archive[key] for key in archive.files if key.startswith("test_")}
+        tests["clean"], tests["masks"]  # a KeyError now rather than after the training
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}/frames.npz: cannot be read ({error}); run Phase I again") from None
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "train").to(device)  # Phase I kept the others for its overlay test

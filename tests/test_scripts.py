@@ -244,6 +244,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
     time.sleep(1)
     assert started and not [pid for pid in started if is_running(pid)]
     folder = only(tmp_path, "runs/*__pieces__*")
+    (tmp_path / "maskers/student.pt").write_text("made anew meanwhile, for another prompt")  # the run has a copy
 
     process = start(*again, cwd=tmp_path)
     wait_for(process, tmp_path, "runs/*__pieces__*/resume/0*60.state.pt")
@@ -668,10 +669,12 @@ def test_a_masker_that_does_not_fit(trained, tmp_path, script, flag, which):
     assert "not a masker" in mistake(script, "--env=cartpole_swingup", f"--{flag}=maskers", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 half an archive"])
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 half an archive", "no masks"])
 def test_frames_that_cannot_be_read(trained, tmp_path, content):
     shutil.copy(trained("cartpole_swingup").maskers / "teacher.pt", tmp_path / "teacher.pt")
-    if content is not None:
+    if content == "no masks":
+        np.savez(tmp_path / "frames.npz", train_frames=np.zeros((4, 3, 84, 84), np.uint8), test_clean=np.zeros((4, 3, 84, 84), np.uint8))
+    elif content is not None:
         (tmp_path / "frames.npz").write_bytes(content)
     message = mistake(PHASE2, "--env=cartpole_swingup", "--maskers=.", cwd=tmp_path)
     assert "frames.npz: cannot be read" in message

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -112,7 +113,7 @@ def test_sam_makes_a_teacher(models, tmp_path):
     figures = metrics(folder)
     assert 0 <= figures["segmenter/iou/walker"] == figures["segmenter/iou/together"] < 1
     masks = only(tmp_path, "runs/segmented/walker_walk/walker__*")
-    assert masks.name == "walker__dino__sam__0.01__0.0__128"
+    assert re.fullmatch("walker__dino__sam__0.01__0.0__128__[0-9a-f]{8}", masks.name)
     made = {path.relative_to(masks): path.stat().st_mtime_ns for path in masks.rglob("*.png")}
     assert len(made) == 4
     with np.load(tmp_path / "runs/maskers/walker_walk/frames.npz") as archive:
@@ -259,6 +260,49 @@ def test_masks_that_do_not_fit(exported, monkeypatch, tmp_path, how, said):
         phase1.masks_by_phrase(args, "the hand", CPU, None, 84)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_frames_of_another_size_are_not_taken_for_these(exported):
+    args = phase1.Args(env="hammer", segment_frames=48, sequence_length=16, segment_size=128)
+    with pytest.raises(UserError, match="has 256 pixels, not --segment-size 128"):
+        phase1.export_frames(args, exported / "frames", None)
+
+
+def test_what_a_killed_process_was_writing_is_no_mask(exported, tmp_path):
+    shutil.copytree(exported / "the_hand", tmp_path / "the_hand")
+    (tmp_path / "the_hand/hammer_seed1_16frames_0000/.4711-00003.png").touch()
+    args = phase1.Args(env="hammer", segmenter="masks", segment_frames=48, sequence_length=16)
+    assert np.array_equal(phase1.read_masks(args, tmp_path / "the_hand", 84), phase1.read_masks(args, exported / "the_hand", 84))
+
+
+@pytest.mark.parametrize("kind", ["sequence", "random"])
+def test_a_sequence_is_never_cut(make, monkeypatch, kind):
+    """Where the camera is under the floor, random states begin anew; consecutive frames go on."""
+    env = make("unitree_walk")
+    monkeypatch.setattr(envs.TalasEnv, "below_ground", True)
+    times = [env.data.time for _ in phase1.visit_states(env, kind, 6, np.random.default_rng(3))]
+    assert (np.diff(times) == pytest.approx(np.full(5, 0.01 * env.repeat))) == (kind == "sequence")
+
+
+def test_phrases_that_are_no_names_of_folders(monkeypatch, tmp_path):
+    """And models of one name that lie in two places."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(phase1, "lacking", lambda *_: [])
+    folders = []
+    for place in ("a", "b"):
+        Path(place, "tiny").mkdir(parents=True)
+        args = phase1.Args(env="hammer", segmenter="sam", detector=f"{place}/tiny", sam_checkpoint="sam.pth", sequence_length=1)
+        folders += phase1.run_sam(args, ["hand", "/or nail", "../up", "häßliche hand"], CPU, None)
+    assert len(set(folders)) == 8 and all(path.parent == Path("runs/segmented/hammer") for path in folders)
+    assert [path.name.split("__")[0] for path in folders[:4]] == ["hand", "_or_nail", "_up", "häßliche_hand"]
+
+
+def test_another_yardstick_is_said(exported, monkeypatch, capsys):
+    monkeypatch.chdir(exported)
+    with pytest.raises(UserError, match="nowhere"):
+        phase1.main(phase1.Args(env="hammer", segmenter="masks", masks=("nowhere",), segment_frames=48, prompt="the hand and its shadow"))
+    said = "cannot name all of 'the hand and its shadow': IoU, but for single phrases, is with its masks of 'the hand, the hammer and the nail'"
+    assert said in capsys.readouterr().out
 
 
 def test_masks_of_other_frames_do_not_fit(exported):

@@ -926,6 +926,8 @@ def test_files_are_whole_or_not_there(tmp_path, error):
 
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError):
         envs.write_whole(path, half)
+    with pytest.raises(OSError, match=r"No such file or directory: '.*/nowhere/array\.npz'"):
+        envs.write_whole(tmp_path / "nowhere/array.npz", lambda p: p.write_bytes(b""))
     assert np.load(path)["a"].tolist() == [0, 1, 2]
     assert [p.name for p in tmp_path.iterdir()] == ["array.npz"]
 
@@ -967,7 +969,7 @@ def live(agent: rl.Agent, replay: rl.Replay, space: gym.Space, episodes: int) ->
         agent.update(replay.sample(4))
 
 
-@pytest.mark.parametrize("damage", [None, "newest", "replay", "content", "all"])
+@pytest.mark.parametrize("damage", [None, "newest", "replay", "missing", "content", "layout", "all"])
 def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
     """Weights, optimisers, replay and chance, bit for bit; a damaged state is named, and the one before it used; two generations are kept."""
     run, progress = make_run(1), rl.Progress()
@@ -986,6 +988,11 @@ def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
         data = bytearray((tmp_path / "0000000080.replay.pt").read_bytes())
         data[len(data) // 2] ^= 4
         (tmp_path / "0000000080.replay.pt").write_bytes(data)
+    if damage == "missing":
+        (tmp_path / "0000000080.replay.pt").unlink()
+    if damage == "layout":  # of code before or after this
+        path = tmp_path / "0000000080.state.pt"
+        envs.save_tensors(path, envs.load_tensors(path) | {"layout": 1})
     if damage == "content":  # it can be read, replay and all, but is of another agent
         path = tmp_path / "0000000080.state.pt"
         envs.save_tensors(path, envs.load_tensors(path) | {"agent": {}})
@@ -1010,7 +1017,7 @@ def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
     left = sorted(int(path.name[:10]) for path in tmp_path.glob("*.state.pt"))
     assert left == [loaded.step, loaded.step + 30]  # what was damaged is no generation
     live(*other, 1)
-    rl.save_state(tmp_path, dataclasses.replace(progress, step=loaded.step + 40), *other, progress.rows)
+    rl.save_state(tmp_path, dataclasses.replace(progress, step=loaded.step + 40, rows=other[1].n), *other, progress.rows)
     assert not (tmp_path / "0000000050.replay.pt").exists()  # the ring has gone round since, in both states
     fresh = make_run(3)
     assert rl.load_state(tmp_path, *fresh).step == loaded.step + 40
@@ -1031,8 +1038,22 @@ def test_a_state_that_cannot_be_used_leaves_nothing_in_replay(tmp_path):
     assert other[1].n == 55 and other[1].transitions().tolist() == [i for i in range(55) if i % 11 != 0]
 
 
+def test_replay_that_is_not_whole_is_not_used(tmp_path):
+    """A part is lost from the middle; or there is one only, of a checkpoint that was never finished, which goes."""
+    run = make_run(1, capacity=200)
+    for step, before in ((50, 0), (60, 55), (70, 66)):
+        live(*run, 5 if step == 50 else 1)
+        rl.save_state(tmp_path, rl.Progress(step=step, rows=run[1].n), *run, before)
+    (tmp_path / "0000000060.replay.pt").unlink()
+    with pytest.raises(UserError, match="none of its checkpoints can be used"):
+        rl.load_state(tmp_path, *make_run(2, capacity=200))
+    for path in tmp_path.glob("*.state.pt"):
+        path.unlink()
+    assert rl.load_state(tmp_path, *make_run(2, capacity=200)) is None and not list(tmp_path.iterdir())
+
+
 def test_a_run_goes_on_with_its_own_masker(tmp_path):
-    """Replay's masks are that one's: whatever --masker-path holds by now, or in whatever precision the run goes on."""
+    """Replay's masks are that one's, in whatever precision the run goes on."""
     run, other = make_run(1), make_run(1)
     live(*run, 5)
     rl.save_state(tmp_path, rl.Progress(step=50, rows=run[1].n), *run, 0)
