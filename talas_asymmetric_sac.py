@@ -746,10 +746,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         with saving("a copy of the masker"):
             source = Path(args.masker_path or f"runs/maskers/{args.env}") / f"{which}.pt"
             envs.write_whole(kept / source.name, partial(shutil.copyfile, source))
-    learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
-    fresh = Progress(episodes=[0] * args.num_envs, learning_starts=learning_starts)
+    fresh = Progress(episodes=[0] * args.num_envs, learning_starts=max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5)))
     progress = load_state(kept, agent, replay, action_space) or fresh
-    learning_starts = progress.learning_starts
     if args.track:
         import wandb
 
@@ -789,7 +787,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     def learn() -> None:
         """The updates that are due after progress.step agent steps."""
-        while progress.updates < int(args.updates_per_step * (progress.step - learning_starts)):
+        while progress.updates < int(args.updates_per_step * (progress.step - progress.learning_starts)):
             batch = replay.sample(args.batch_size)
             metrics = update(batch)
             progress.updates += 1
@@ -803,7 +801,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                     writer.add_scalar("charts/SPS", progress.step / (time.time() - began), progress.step)
 
     print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} control steps")
-    print(f"masker {args.masker}, {args.precision} on {device}; learning starts at {learning_starts:,}; run folder {run}")
+    print(f"masker {args.masker}, {args.precision} on {device}; learning starts at {progress.learning_starts:,}; run folder {run}")
     print(f"going on from step {progress.step:,}" if progress.step else "from the beginning", flush=True)
 
     # ---- the environments
@@ -824,7 +822,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             check("a first observation", seen[2], proprio=seen[2])
             replay.add_first(np.flatnonzero(ended), *(part[ended] for part in seen))
             progress.episodes = [episode + int(over) for episode, over in zip(progress.episodes, ended, strict=True)]
-        actions = action_space.sample() if progress.step < learning_starts else agent.act(*seen, mean=False)
+        actions = action_space.sample() if progress.step < progress.learning_starts else agent.act(*seen, mean=False)
         vec_env.step_async(actions)
         progress.step += args.num_envs
         if args.overlap:
@@ -909,7 +907,9 @@ def main(args: Args, run: Path | None = None) -> None:
         return print(f"{run} came to its end before; nothing to do")
     if args.masker == "none" and (args.clean_masker or args.augmentation in ("swap", "mix")):
         raise UserError("--masker none: --clean-masker and --augmentation swap or mix need a --masker")
-    envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10, replay_size=100 * args.num_envs)
+    envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
+    if args.replay_size < 100 * args.num_envs:
+        raise UserError(f"--replay-size {args.replay_size}: has to be at least 100 per environment")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases: pip install wandb")
     settings = settings_of(args.eval_settings, args.distractors)

@@ -386,7 +386,7 @@ def test_a_replay_that_cannot_be_had(tmp_path):
     command = [sys.executable, str(ROOT / f"{RL}.py"), *SMALL, *args]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, preexec_fn=limit)
     assert done.returncode == 1 and "too much; give a smaller --replay-size" in done.stdout
-    assert done.stderr == "error: --replay-size 1,000,000,000: 28245.0 GB cannot be had on cpu; give a smaller one\n"
+    assert done.stderr == "error: --replay-size 1,000,000,000: 28268.0 GB cannot be had on cpu; give a smaller one\n"
     assert not list(tmp_path.iterdir())
 
 
