@@ -28,6 +28,7 @@ METHODS = {  # the README's ablations, with their names in the tables
     "symmetric": "symmetric TaLaS",
     "symmetric_mix": "symmetric TaLaS, mix",
     "teacher": "TaLaS without Phase II",
+    "teacher_mix": "TaLaS without Phase II, mix",
     "figure2": "TaLaS, teacher on the clean view",
     "sada": "SADA's update",
     "svea": "SVEA's update",

@@ -33,6 +33,7 @@ VARIANTS = {  # the README's ablations
     "symmetric": "--actor-judge own",
     "symmetric_mix": "--actor-judge own --augmentation mix",
     "teacher": "--masker teacher",
+    "teacher_mix": "--masker teacher --augmentation mix",
     "figure2": "--clean-masker teacher",
     "sada": "--masker none",
     "svea": "--masker none --actor-views clean",
@@ -45,7 +46,7 @@ class Args:
     envs: tuple[str, ...]
     """tasks"""
     seeds: tuple[int, ...] = (1,)  # a run for each task and variant
-    variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, symmetric_mix, teacher, figure2, sada, svea, sac
+    variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, symmetric_mix, teacher, teacher_mix, figure2, sada, svea, sac
     flags: str = ""  # what every run is given besides, as one string with an equals sign: --flags="--total-timesteps 100000 --encoder small"
     name: str = ""  # goes before the variant in runs' names, so that another sweep's runs, with other flags, are told apart: small_talas, ...
     jobs: int = 2  # runs at a time; each computes with an equal share of the cores, but for its evaluations
