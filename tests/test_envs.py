@@ -573,3 +573,19 @@ def test_command_line_draws_a_sheet(tmp_path, monkeypatch):
     assert sheet.std() > 20 and sheet.shape[0] % 2 == 0 and sheet.shape[0] >= 2 * 84  # without media: a row for train, one for procedural
     for setting in ("color_easy", "color_hard", "video_easy", "video_hard"):
         assert f"{setting}: " in result.stdout
+
+
+def test_a_terrain_is_its_episodes():
+    """quadruped_escape draws another in each; two environments do not take each other's, and the process ends without a word."""
+    script = """
+import numpy as np, envs
+a, b = (envs.make_env("quadruped_escape", action_repeat=4) for _ in range(2))
+first, other, again = (a.reset(options={"episode": i})[0]["pixels"] for i in (3, 0, 3))
+b.reset(options={"episode": 0}), b.render()
+assert np.array_equal(first, again) and not np.array_equal(first, other)
+assert np.array_equal(a.reset(options={"episode": 3})[0]["pixels"], first)
+assert np.array_equal(b.reset(options={"episode": 3})[0]["pixels"], first)
+a.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(envs.__file__).parent, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("Traceback"), done.stderr.count("EGL")) == (0, 0, 0), done.stderr
