@@ -457,8 +457,9 @@ class Replay:
         self._write(numbers, [pixels[:, -3:], masks[:, -1], proprio, *map(torch.from_numpy, (actions, rewards, terminated)), self.newest])
 
     def _write(self, numbers: torch.Tensor, rows: list[torch.Tensor]) -> None:
+        slots = {device: (numbers % self.capacity).to(device) for device in {self.frames.device, self.history.device}}
         for store, content in zip((getattr(self, key) for key in self.STORES), rows, strict=True):
-            store[(numbers % self.capacity).to(store.device)] = content.to(store.device, store.dtype)
+            store[slots[store.device]] = content.to(store.device, store.dtype)
         self.n = int(numbers[-1]) + 1
 
     def written_since(self, before: int) -> dict[str, torch.Tensor]:
@@ -470,9 +471,10 @@ class Replay:
     def restore(self, written: dict[str, torch.Tensor]) -> None:
         """What written_since returned, in the same order, beginning with a replay without rows."""
         first = int(written["numbers"][0])
-        if self.n and first > self.n:
+        if not self.n:
+            self.first = first
+        elif first > self.n:
             raise ValueError("a part of its replay is missing")
-        self.first = self.first if self.n else first
         self._write(written["numbers"], [written[key] for key in self.STORES])
 
     def _stacks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +53,8 @@ class Args:
 
 def start(cwd: Path, *flags: str) -> subprocess.Popen:
     media = {key: os.path.abspath(folder) for key in ("TALAS_DISTRACTORS", "TALAS_OVERLAY") if (folder := os.environ.get(key))}
-    command, pipe = [sys.executable, SCRIPT, *CHEAP, *flags], subprocess.PIPE
-    process = partial(subprocess.Popen, command, cwd=cwd, env=os.environ | media, preexec_fn=envs.end_with_parent)
-    return process(stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    options = {"cwd": cwd, "env": os.environ | media, "preexec_fn": envs.end_with_parent, "text": True}
+    return subprocess.Popen([sys.executable, SCRIPT, *CHEAP, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
 def outcome(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, float], list[dict[str, str]], str]:

@@ -152,9 +152,8 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
 
     rliable would be the library for it; its dependency arch 7.2.0 cannot be imported beside the pandas that it is installed with.
     """
-    scores = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )  # by method, segmenter and agent steps; by task; by seed, if it has several runs
+    # by method, segmenter and agent steps; by task; by seed, which may have several runs
+    scores = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
         if returns and task_row(run["env"]).loader == "suite":

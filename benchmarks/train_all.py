@@ -9,6 +9,7 @@ the table, from every run's metrics.json, to <output>.
 
 import csv
 import json
+import math
 import os
 import shlex
 import signal
@@ -79,7 +80,7 @@ def main(args: Args) -> None:
     gpu = torch.cuda.is_available() and not any(run.device == "cpu" for *_, run in rows)
     each = args.memory_per_run or 1.5 + 0.5 * min(cores(), 16) + (0 if gpu else replay)
     memory = args.memory or talas.free_memory(torch.device("cpu"))
-    fit = min(memory / each, talas.free_memory(torch.device("cuda")) / (replay + 3) if gpu else memory)  # 3 GB: networks, a batch, CUDA itself
+    fit = min(memory / each, talas.free_memory(torch.device("cuda")) / (replay + 3) if gpu else math.inf)  # 3 GB: networks, a batch, CUDA itself
     if fit < 1:
         raise UserError(
             f"one run is expected to take {each:.1f} GB of {memory:.1f}"
