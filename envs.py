@@ -79,6 +79,8 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
     torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's part in it
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     with contextlib.suppress(AttributeError, OSError):  # glibc only
         # Keep freed tensors' pages: by default each step hands them back and pays for fresh ones, a tenth (bf16) to half (fp32) of an update's time.

@@ -58,7 +58,7 @@ from envs import Augmentation, Setting, UserError, augment, make_env, mask_iou
 @dataclass
 class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
-    seed: int = 1  # seeds everything: episodes, network, exploration, batches
+    seed: int = 1  # seeds the agent: episodes, network, exploration, batches; a masker made on the way has the phases' own default
     total_timesteps: int = 500_000  # agent steps, one action each; control steps are this times the action repeat
     action_repeat: int | None = None  # control steps per action; by default the task's own (cartpole 8, finger, Adroit and Unitree 2, others 4)
     reward: Literal["dense", "sparse"] = "dense"  # Adroit: the shaped reward, corrected and scaled, or the sparse one, which needs demonstrations
@@ -105,7 +105,7 @@ class Args:
     exp_name: str = "talas"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs that have it, several times faster; without it, a CPU evaluates in fp32"""
+    """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs that have it, nearly twice as fast; without it, a CPU evaluates in fp32"""
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True
     """simulate and render the next frame while the update runs, on a replay that lacks it; --no-overlap: one after the other, the textbook's order"""

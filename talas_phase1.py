@@ -377,8 +377,8 @@ def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str
     try:
         from segment_anything import SamPredictor, sam_model_registry
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
-    except ImportError as error:
-        raise UserError(f"--segmenter sam: {envs.brief(error)}; pip install -r requirements.txt transformers==5.24.0") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torch and torchvision of different builds
+        raise UserError(f"--segmenter sam: {envs.brief(error)}; pip install -r requirements.txt transformers==5.24.0, all from one index") from None
     weights = Path(args.sam_checkpoint or "")
     if not weights.is_file():
         raise UserError(f"--sam-checkpoint {weights}: no such file; {args.sam_type}'s weights are at {SAM_URL}{SAM_WEIGHTS[args.sam_type]}")

@@ -49,7 +49,7 @@ def bars(results: Path) -> None:
         axes.invert_yaxis()
         axes.tick_params(labelsize=6)
         axes.set_title(task, fontsize=8)
-    figure.suptitle("video_hard returns: the page's (grey, its TaLaS blue) and ours (orange, with agent steps; privileged masks)", fontsize=9)
+    figure.suptitle("video_hard returns: the page's (grey, its TaLaS blue) and ours (orange; agent steps; masks are privileged)", fontsize=9)
     figure.tight_layout()
     figure.savefig(results / "returns.png", dpi=130)
     plt.close(figure)

@@ -23,7 +23,7 @@ UNITREE = ("unitree_walk", "unitree_stand")
 SHOWN = ("train", "procedural", "video_easy", "video_hard")
 MASK_SETTINGS = ("clean", "overlay", "procedural", "video_easy", "video_hard")
 METHODS = {  # the README's ablations, with their names in the tables
-    "talas": "TaLaS",
+    "talas": "TaLaS, overlay",
     "talas_mix": "TaLaS, mix",
     "symmetric": "symmetric TaLaS",
     "symmetric_mix": "symmetric TaLaS, mix",

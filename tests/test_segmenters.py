@@ -361,6 +361,15 @@ def test_without_the_extra(models, monkeypatch):
         phase1.load_sam(arguments(models), CPU)
 
 
+def test_a_torchvision_of_another_build(models, monkeypatch, tmp_path):
+    """It dies on import with a RuntimeError, and Segment Anything with it."""
+    (tmp_path / "segment_anything.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "segment_anything", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"torchvision::nms does not exist; pip install -r requirements\.txt .* all from one index"):
+        phase1.load_sam(arguments(models), CPU)
+
+
 def die(job: int) -> None:
     os._exit(1)
 
