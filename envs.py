@@ -78,6 +78,8 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's part in it

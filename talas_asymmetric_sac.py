@@ -168,6 +168,8 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
             scripts = [script for script, needed in due if needed and not path.is_file()]  # none, if another run has just made it
             if scripts == ["talas_phase2.py"] and not (folder / "frames.npz").is_file():
                 raise UserError(f"{folder}: teacher.pt without frames.npz, which Phase II needs; copy that too, or delete the teacher")
+            if "talas_phase1.py" in scripts and (folder / "student.pt").is_file():  # which Phase I would delete
+                raise UserError(f"{folder}: student.pt without the teacher.pt that it was made from; copy that too, or delete the student")
             for script in scripts:
                 names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if script == "talas_phase1.py" else ())
                 flags = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name))]
@@ -470,26 +472,25 @@ class Replay:
 
     def restore(self, written: dict[str, torch.Tensor]) -> None:
         """What written_since returned, in the same order, beginning with a replay without rows."""
-        first = int(written["numbers"][0])
-        if not self.n:
-            self.first = first
-        elif first > self.n:
+        numbers = written["numbers"]
+        if not self.n or len(numbers) == self.capacity:  # what fills the ring needs nothing before it
+            self.first = int(numbers[0])
+        elif numbers[0] > self.n:
             raise ValueError("a part of its replay is missing")
-        self._write(written["numbers"], [written[key] for key in self.STORES])
+        self._write(numbers, [written[key] for key in self.STORES])
 
     def _stacks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stacks (B, 3k, H, W) and masks (B, k, H, W) of the frames in slots (B, k), and the last one's proprioception (B, P)."""
         frames, masks = (store.index_select(0, slots.flatten()).unflatten(0, slots.shape) for store in (self.frames, self.masks))
         return frames.flatten(1, 2), masks, self.proprio[slots[:, -1]]
 
-    def transitions(self) -> torch.Tensor:
-        """(N,) slots of all rows to which a transition leads that is still whole."""
-        oldest, last, this = self.history[:, 0], self.history[:, -2], self.history[:, -1]
-        return ((last < this) & (oldest >= max(self.first, self.n - self.capacity))).nonzero().squeeze(1)
-
     def sample(self, batch_size: int) -> Batch:
-        whole = self.transitions()
-        slots = (self.history[whole[torch.randint(len(whole), (batch_size,))]] % self.capacity).to(self.frames.device)  # (B, k + 1)
+        """Transitions that are still whole, each as likely as any other: rows are drawn until enough of them are what one leads to."""
+        oldest, drawn = max(self.first, self.n - self.capacity), self.history[:0]
+        while len(drawn) < batch_size:
+            rows = self.history[torch.randint(oldest, self.n, (batch_size,)) % self.capacity]  # (B, k + 1)
+            drawn = torch.cat([drawn, rows[(rows[:, -2] < rows[:, -1]) & (rows[:, 0] >= oldest)]])
+        slots = (drawn[:batch_size] % self.capacity).to(self.frames.device, non_blocking=True)
         row = slots[:, -1]
         return Batch(*self._stacks(slots[:, :-1]), self.actions[row], self.rewards[row], self.dones[row], *self._stacks(slots[:, 1:]))
 
@@ -614,7 +615,7 @@ def find_run(args: Args) -> Path | None:
     if args.resume != "auto":
         return Path(args.resume)
     varies = dict.fromkeys(
-        ("resume", "checkpoint_every", "device", *(["precision"] if args.precision == "auto" else []))
+        ("resume", "checkpoint_every", "device", "compile", "cudagraphs", *(["precision"] if args.precision == "auto" else []))
     )  # auto became what it stands for
     asked = json.loads(json.dumps(asdict(args) | varies))
     for path in sorted(Path("runs").glob(f"{args.env}__{glob.escape(args.exp_name)}__{args.seed}__*/args.json"), reverse=True):
@@ -716,9 +717,11 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     episodes = args.eval_episodes or max(1, min(10, total_steps // (2 * env.episode_steps)))
     action_space = gym.vector.utils.batch_space(env.action_space, args.num_envs)
     action_space.seed(args.seed)
+    kept, clean = run / "resume", args.clean_masker or args.masker
+    if total_steps < (reached := max((int(path.name[:10]) for path in kept.glob("[0-9]*.state.pt")), default=0)):
+        raise UserError(f"--total-timesteps {args.total_timesteps:,}: {run} has made {reached:,} steps already")
 
     # ---- the frozen maskers, the photographs, the agent
-    kept, clean = run / "resume", args.clean_masker or args.masker
     needed = [] if args.masker == "none" else list(dict.fromkeys((args.masker, clean)))
     own = replace(args, masker_path=str(kept)) if needed and (kept / f"{needed[0]}.pt").is_file() else args  # a resumed run has copies
     found = {which: find_masker(own, which, device) for which in needed}
@@ -759,18 +762,22 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     cleanup.callback(curves()(writer.close))  # the context manager as a decorator: on a full disk, closing may fail as well
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
     tables = [(run / name).open("a", newline="", buffering=1) for name in ("returns.csv", "evaluations.csv")]
-    for table, size in zip(tables, progress.sizes, strict=True):
-        cleanup.callback(saving(Path(table.name).name)(table.close))  # not as a context: on a full disk it would hide why the run ends
-        table.truncate(size)
     returns, evaluations = map(csv.writer, tables)
-    if not progress.step:
-        returns.writerow(["step", "episode", "return", "length", "success", "seconds", "env"])
-        evaluations.writerow(["step", "figure", "value"])
+    heads = ["step", "episode", "return", "length", "success", "seconds", "env"], ["step", "figure", "value"]
+    for table, size, head in zip(tables, progress.sizes, heads, strict=True):
+        cleanup.callback(saving(Path(table.name).name)(table.close))  # not as a context: on a full disk it would hide why the run ends
+        table.truncate(min(size, os.fstat(table.fileno()).st_size))  # somebody may have moved it; longer, it would be filled up with zeros
+        if not os.fstat(table.fileno()).st_size:
+            csv.writer(table).writerow(head)
 
     def report(folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
+        check_weights()
         save_agent(run / "checkpoint.pt", agent, progress.step, prompt)
-        figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
+        try:
+            figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
+        except UserError as error:  # media that are gone: like a disk
+            raise OSError(str(error)) from None
         with saving("evaluations.csv"):
             evaluations.writerows([progress.step, key, f"{value:.4f}"] for key, value in figures.items())
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), agent.autocast():
@@ -786,6 +793,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         if not values.isfinite().all():
             envs.save_tensors(run / "not_finite.pt", came_from)
             raise UserError(f"step {progress.step}: {what} is infinite or not a number; what it came from is in {run}/not_finite.pt")
+
+    def check_weights() -> None:
+        check("a weight", torch.cat([weight.flatten() for weight in agent.parameters()]))
 
     def learn() -> None:
         """The updates that are due after progress.step agent steps."""
@@ -825,6 +835,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             replay.add_first(np.flatnonzero(ended), *(part[ended] for part in seen))
             progress.episodes = [episode + int(over) for episode, over in zip(progress.episodes, ended, strict=True)]
         actions = action_space.sample() if progress.step < progress.learning_starts else agent.act(*seen, mean=False)
+        check("an action", torch.from_numpy(actions), pixels=seen[0], mask=seen[1], proprio=seen[2])
         vec_env.step_async(actions)
         progress.step += args.num_envs
         if args.overlap:
@@ -850,7 +861,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                 figures = report(None)
                 bar.write(f"step {progress.step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
         if ended.any() and progress.step - saved >= args.checkpoint_every:
-            check("a weight", torch.cat([weight.flatten() for weight in agent.parameters()]))
+            check_weights()
             progress.seconds, progress.sizes, saved = time.time() - began, [os.fstat(table.fileno()).st_size for table in tables], progress.step
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
             with saving("a checkpoint to resume from"):
@@ -878,12 +889,12 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
         return replace(args, env=envs.resolve_env_id(args.env))
 
     args, run = parse(Args()), None
-    if args.evaluate:
+    if args.evaluate is not None:
         own = load_agent_once(Path(args.evaluate))[1]["args"]
         own = replace(own, device="cpu", cudagraphs=False, track=False)  # played on the CPU, wherever it was trained
         free = ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision", "seed")
-    elif args.resume and (run := find_run(args)):
-        free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "distractors", "overlay")
+    elif args.resume is not None and (run := find_run(args)):
+        free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "compile", "cudagraphs", "distractors", "overlay")
         try:
             own = Args(**json.loads((run / "args.json").read_text()))
             own = replace(own, eval_settings=own.eval_settings and tuple(own.eval_settings))  # JSON has lists only
@@ -909,6 +920,8 @@ def main(args: Args, run: Path | None = None) -> None:
         return print(f"{run} came to its end before; nothing to do")
     if args.masker == "none" and (args.clean_masker or args.augmentation in ("swap", "mix")):
         raise UserError("--masker none: --clean-masker and --augmentation swap or mix need a --masker")
+    if Path(args.exp_name).name != args.exp_name:
+        raise UserError(f"--exp-name {args.exp_name!r}: is a part of a folder's name, so it has no /")
     envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
     if args.replay_size < 100 * args.num_envs:
         raise UserError(f"--replay-size {args.replay_size}: has to be at least 100 per environment")
@@ -950,7 +963,8 @@ def main(args: Args, run: Path | None = None) -> None:
             if not disk:
                 traceback.print_exc()
             if disk or attempt == 2 or args.evaluate:
-                raise UserError(f"{envs.brief(error)}; when that is mended, {again()}") from None
+                what = "a worker process died (is there memory enough?)" if isinstance(error, EOFError | ConnectionError) else envs.brief(error)
+                raise UserError(f"{what}; when that is mended, {again()}") from None
             print("\nonce more, from the last checkpoint, if there is one", flush=True)
         except SystemExit:
             print(f"\nstopped; {again()}", flush=True)
@@ -966,5 +980,5 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main(*read_args())
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

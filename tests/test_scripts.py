@@ -28,6 +28,7 @@ import pytest
 import torch
 import tyro
 from filelock import FileLock
+from torch.utils.tensorboard import SummaryWriter
 
 import envs
 import talas_asymmetric_sac as rl
@@ -232,7 +233,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
     """Killed; told to stop; its worker killed; another one started meanwhile. In the end its files are those of the run that nobody touched."""
     shutil.copytree(trained("cartpole_swingup").maskers, tmp_path / "maskers")
     args = [*SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--masker-path=maskers", "--eval-settings", "train", "--augmentation=mix"]
-    args += ["--total-timesteps=140", "--learning-starts=30", "--checkpoint-every=20", "--eval-every=50", "--replay-size=100"]  # the ring goes round
+    args += ["--total-timesteps=140", "--learning-starts=30", "--checkpoint-every=20", "--eval-every=100", "--replay-size=100"]  # the ring goes round
     whole = start(RL, *args, "--exp-name=whole", cwd=tmp_path)
     again = [RL, *args, "--exp-name=pieces", "--resume=auto"]
 
@@ -349,14 +350,83 @@ def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tm
         rl.read_args([resume])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    args = ["--masker=none", "--eval-settings", "train", "--critic-lr=1e9", "--total-timesteps=60", "--learning-starts=42", "--checkpoint-every=20"]
-    _, err = finish(start(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path), 1)
-    assert "a loss is infinite or not a number" in err and "Traceback" not in err
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """A run of 60 steps in this process, which evaluates nothing: a function of other flags."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rl, "evaluate", lambda *_: {})
+    rl.saving.__wrapped__.__defaults__[0].clear()  # what was said before, by another run
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings=train", "--action-repeat=50", "--checkpoint-every=20"]
+    args = ["--env=cartpole_swingup", *SMALL, *args, "--total-timesteps=60", "--learning-starts=42"]
+    return lambda *other: rl.main(*rl.read_args([*args, *other]))
+
+
+@pytest.mark.parametrize(("what", "holds"), [("a loss", "obs"), ("an action", "pixels"), ("a reward or an observation", "rewards")])
+def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, short, what, holds):
+    act, step_wait, steps = rl.Agent.act, gym.vector.AsyncVectorEnv.step_wait, []
+
+    def wait(self, timeout):
+        obs, rewards, *rest = step_wait(self, timeout)
+        steps.append(rewards)
+        return obs, rewards * (np.nan if len(steps) == 45 else 1), *rest
+
+    if what == "an action":
+        monkeypatch.setattr(rl.Agent, "act", lambda self, *seen, mean: act(self, *seen, mean=mean) * np.nan)
+    if "reward" in what:
+        monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step_wait", wait)
+    with pytest.raises(envs.UserError, match=f"step 4[2-5]: {what} is infinite or not a number"):
+        short(*(["--critic-lr=1e9"] if what == "a loss" else []))
     folder = only(tmp_path, "runs/*")
-    assert envs.load_tensors(folder / "not_finite.pt")["obs"].shape == (4, 9, 84, 84)
+    assert holds in envs.load_tensors(folder / "not_finite.pt")
     state = envs.load_tensors(only(folder, "resume/0*40.state.pt"))
     assert all(weight.isfinite().all() for weight in state["agent"].values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops a process as Linux does")
+def test_a_worker_that_hangs_twice_ends_the_run_and_it_goes_on_later(tmp_path, monkeypatch, capsys, short):
+    """After five minutes each, or here two seconds. The first time once more, the second time the end; what it takes to go on is there."""
+    add_step, calls = rl.Replay.add_step, []
+
+    def stop(*args):
+        add_step(*args)
+        calls.append(args)
+        if len(calls) in (45, 50):  # step 45, and from 40 on step 45 again
+            monkeypatch.setattr(rl, "PATIENCE", 2)
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGSTOP)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl.Replay, "add_step", stop)
+        with pytest.raises(envs.UserError, match=r"^TimeoutError: .*; when that is mended, to go on: .* --resume runs/"):
+            short()
+    out, err = capsys.readouterr()
+    assert "once more, from the last checkpoint" in out and out.count("going on from step 40") == 1 and err.count("Traceback") == 2
+    for process in multiprocessing.active_children():
+        process.join(10)  # killed, stopped or not
+    assert not multiprocessing.active_children()
+    folder = only(tmp_path, "runs/*")
+    monkeypatch.setattr(rl, "PATIENCE", 60)
+    with pytest.raises(envs.UserError, match=r"--total-timesteps 39: .* has made 40 steps already"):
+        rl.main(*rl.read_args([f"--resume={folder}", "--total-timesteps=39"]))
+    (folder / "returns.csv").write_text("")  # shorter than it was at the checkpoint
+    rl.main(*rl.read_args([f"--resume={folder}"]))
+    assert [row["step"] for row in returns(folder)] == ["60"] and metrics(folder)["train/updates"] == 18
+
+
+def test_media_that_are_gone_cost_an_evaluation_and_not_the_run(tmp_path, monkeypatch, capsys, short):
+    """But the one at its end, which can be made up for."""
+
+    def gone(*_):
+        raise envs.UserError("--distractors media: no such folder")
+
+    monkeypatch.setattr(rl, "evaluate", gone)
+    with pytest.raises(envs.UserError, match=r"--distractors media: no such folder; when that is mended, to go on: .* --resume runs/"):
+        short("--eval-every=20")
+    assert capsys.readouterr().err.count("warning: an evaluation cannot be written (--distractors media: no such folder); going on") == 1
+    monkeypatch.setattr(rl, "evaluate", lambda *_: {"eval/train/return_mean": 1.0})
+    folder = only(tmp_path, "runs/*")
+    rl.main(*rl.read_args([f"--resume={folder}"]))
+    assert metrics(folder)["eval/train/return_mean"] == 1.0 and len(returns(folder)) == 3
 
 
 def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
@@ -390,25 +460,28 @@ def test_a_replay_that_cannot_be_had(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_curves_that_cannot_be_written_cost_only_themselves(tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread ends
+def test_curves_that_cannot_be_written_cost_only_themselves(tmp_path, monkeypatch, capsys, short):
     """TensorBoard opens its file by name for every write; a folder of that name stands for a disk that does not take it."""
-    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train"]
-    process = start(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path)
-    while not (events := list(tmp_path.glob("runs/*/events*"))) and process.poll() is None:
-        time.sleep(0.05)
-    events[0].unlink()
-    events[0].mkdir()
-    _, err = finish(process)
-    assert err.count("warning: TensorBoard's curves cannot be written") == 1
+
+    def writer(folder: Path, **kwargs) -> SummaryWriter:
+        made = SummaryWriter(folder, **kwargs)
+        events = only(folder, "events*")
+        events.unlink()
+        events.mkdir()
+        return made
+
+    monkeypatch.setattr(rl, "SummaryWriter", writer)
+    monkeypatch.setattr(rl, "evaluate", lambda *_: {"eval/train/return_mean": 1.0})
+    short()
+    assert capsys.readouterr().err.count("warning: TensorBoard's curves cannot be written") == 1
     folder = only(tmp_path, "runs/*")
-    assert metrics(folder)["train/updates"] == 8 and (folder / "train.mp4").is_file()
-    assert "eval/train/return_mean" in (folder / "evaluations.csv").read_text()
+    assert metrics(folder)["train/updates"] == 18 and "eval/train/return_mean" in (folder / "evaluations.csv").read_text()
 
 
-def test_several_environments_in_the_textbooks_order(tmp_path):
+def test_several_environments_in_the_textbooks_order(tmp_path, short):
     """Whole steps of all of them, an update per agent step, and every environment's episodes in the table."""
-    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--num-envs=2", "--no-overlap"]
-    run(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--total-timesteps=41", *args, cwd=tmp_path)
+    short("--total-timesteps=41", "--num-envs=2", "--no-overlap")
     folder = only(tmp_path, "runs/*")
     figures, rows = metrics(folder), returns(folder)
     assert (figures["train/steps"], figures["train/updates"]) == (42, 42 - 33)
@@ -437,18 +510,18 @@ def test_a_second_run_waits_for_the_first_ones_masker(trained, tmp_path):
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
         process = start(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--eval-settings", "train", cwd=tmp_path)
-        time.sleep(12)
+        said = process.stdout.readline()
+        time.sleep(2)
         waited = process.poll() is None and not list(tmp_path.glob("runs/*__talas__*"))
         for name in ("teacher.pt", "student.pt"):
             shutil.copy(t.maskers / name, folder / name)
     out, _ = finish(process)
-    assert waited
-    assert "waiting for a run that does" in out and "$ python" not in out
+    assert waited and "waiting for a run that does" in said and "$ python" not in out
     assert not list(tmp_path.glob("runs/*__phase*"))
     assert metrics(only(tmp_path, "runs/*__talas__*"))["train/updates"] == 8
 
 
-def test_phase_two_alone_is_made_up_for(trained, tmp_path):
+def test_phase_two_alone_is_made_up_for(trained, tmp_path, monkeypatch):
     """A teacher without a student, made by hand for a prompt of one's own, is Phase II's, and not made again."""
     t, folder = trained("cartpole_swingup"), tmp_path / "runs/maskers/cartpole_swingup"
     folder.mkdir(parents=True)
@@ -460,8 +533,15 @@ def test_phase_two_alone_is_made_up_for(trained, tmp_path):
     assert "nowhere: no such folder" in err and "talas_phase2.py failed" in err and "Traceback" not in err
     assert (folder / "teacher.pt").read_bytes() == before
     (folder / "frames.npz").unlink()  # as when only the teacher was brought along
-    assert "teacher.pt without frames.npz" in finish(start(RL, *SMALL, "--env=cartpole_swingup", cwd=tmp_path), 1)[1]
+    monkeypatch.chdir(tmp_path)
+    find, student = partial(rl.find_masker, rl.Args(env="cartpole_swingup"), device=torch.device("cpu")), folder / "student.pt"
+    with pytest.raises(envs.UserError, match=r"teacher\.pt without frames\.npz"):
+        find(which="student")
     assert (folder / "teacher.pt").read_bytes() == before
+    (folder / "teacher.pt").rename(student)  # or only the student, whose teacher is asked for
+    with pytest.raises(envs.UserError, match=r"student\.pt without the teacher\.pt"):
+        find(which="teacher")
+    assert student.read_bytes() == before
 
 
 def test_without_any_masker_both_phases_are_run(tmp_path):
@@ -593,17 +673,26 @@ MISTAKES = [  # script, arguments, what the one line says
 ]
 
 
-@pytest.mark.parametrize(("script", "args", "said"), MISTAKES, ids=[" ".join([script, *args]) for script, args, _ in MISTAKES])
-def test_mistakes(tmp_path, monkeypatch, script, args, said):
-    """What each script raises is one line, which its end prints (the test below), and nothing is left of a run that never was."""
-    module = importlib.import_module(script)
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """refused(script, *args): what it raises, in this process: one line, which its end prints (below). Nothing is left of a run that never was."""
     monkeypatch.chdir(tmp_path)
     for name in ("TALAS_DISTRACTORS", "TALAS_OVERLAY"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises((envs.UserError, OSError)) as error:
-        module.main(*rl.read_args([*args, *SMALL])) if script == RL else module.main(tyro.cli(module.Args, args=args))
-    assert said in str(error.value) and "\n" not in str(error.value)
-    assert not list(tmp_path.glob("runs/*__*"))
+
+    def call(script: str, *args: str) -> str:
+        module = importlib.import_module(script)
+        with pytest.raises((envs.UserError, OSError)) as error:
+            module.main(*rl.read_args([*args, *SMALL])) if script == RL else module.main(tyro.cli(module.Args, args=args))
+        assert "\n" not in str(error.value) and not list(tmp_path.glob("runs/*__*"))
+        return str(error.value)
+
+    return call
+
+
+@pytest.mark.parametrize(("script", "args", "said"), MISTAKES, ids=[" ".join([script, *args]) for script, args, _ in MISTAKES])
+def test_mistakes(refused, script, args, said):
+    assert said in refused(script, *args)
 
 
 @pytest.fixture(scope="module")
@@ -658,34 +747,34 @@ def test_numbers_that_make_no_sense(script, name):
 
 
 @pytest.mark.parametrize(("script", "flag", "which"), [(RL, "masker-path", "student"), (PHASE2, "maskers", "teacher")])
-def test_a_masker_that_does_not_fit(trained, tmp_path, script, flag, which):
+def test_a_masker_that_does_not_fit(trained, tmp_path, refused, script, flag, which):
     """One made for another task; one whose file is damaged, or no masker at all."""
     folder = tmp_path / "maskers"
     folder.mkdir()
     shutil.copy(trained("cartpole_swingup").maskers / f"{which}.pt", folder / f"{which}.pt")
-    assert "made for cartpole_swingup" in mistake(script, "--env=walker_walk", f"--{flag}=maskers", cwd=tmp_path)
+    assert "made for cartpole_swingup" in refused(script, "--env=walker_walk", f"--{flag}=maskers")
     data = bytearray((folder / f"{which}.pt").read_bytes())
     (folder / f"{which}.pt").write_bytes(data[: len(data) // 2])
-    assert "not a masker" in mistake(script, "--env=cartpole_swingup", f"--{flag}=maskers", cwd=tmp_path)
+    assert "not a masker" in refused(script, "--env=cartpole_swingup", f"--{flag}=maskers")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 half an archive", "no masks"])
-def test_frames_that_cannot_be_read(trained, tmp_path, content):
+def test_frames_that_cannot_be_read(trained, tmp_path, refused, content):
     shutil.copy(trained("cartpole_swingup").maskers / "teacher.pt", tmp_path / "teacher.pt")
     if content == "no masks":
         np.savez(tmp_path / "frames.npz", train_frames=np.zeros((4, 3, 84, 84), np.uint8), test_clean=np.zeros((4, 3, 84, 84), np.uint8))
     elif content is not None:
         (tmp_path / "frames.npz").write_bytes(content)
-    message = mistake(PHASE2, "--env=cartpole_swingup", "--maskers=.", cwd=tmp_path)
+    message = refused(PHASE2, "--env=cartpole_swingup", "--maskers=.")
     assert "frames.npz: cannot be read" in message
     assert "run Phase I again" in message
 
 
-def test_a_file_that_is_no_checkpoint(trained, tmp_path):
+def test_a_file_that_is_no_checkpoint(trained, tmp_path, refused):
     t = trained("cartpole_swingup")
     (tmp_path / "half.pt").write_bytes((t.run / "checkpoint.pt").read_bytes()[:5000])
     for path in (tmp_path / "half.pt", t.maskers / "student.pt"):
-        assert "not a checkpoint" in mistake(RL, f"--evaluate={path}", cwd=tmp_path)
+        assert "not a checkpoint" in refused(RL, f"--evaluate={path}")
 
 
 class Bait:
@@ -698,7 +787,7 @@ class Bait:
         return pathlib.Path.touch, (self.path,)
 
 
-def test_hostile_files_are_not_executed(trained, tmp_path):
+def test_hostile_files_are_not_executed(trained, tmp_path, refused):
     """A masker, a teacher or a checkpoint from elsewhere is data, never code."""
     t, hit = trained("cartpole_swingup"), tmp_path / "hit"
     hostile = torch.load(t.maskers / "student.pt", weights_only=True) | {"prompt": Bait(hit)}
@@ -708,9 +797,9 @@ def test_hostile_files_are_not_executed(trained, tmp_path):
     torch.load(tmp_path / "student.pt", weights_only=False)
     assert hit.exists()  # the bait works
     hit.unlink()
-    assert "not a masker" in mistake(RL, "--env=cartpole_swingup", "--masker-path=.", cwd=tmp_path)
-    assert "not a masker" in mistake(PHASE2, "--env=cartpole_swingup", "--maskers=.", cwd=tmp_path)
-    assert "not a checkpoint" in mistake(RL, "--evaluate=checkpoint.pt", cwd=tmp_path)
+    assert "not a masker" in refused(RL, "--env=cartpole_swingup", "--masker-path=.")
+    assert "not a masker" in refused(PHASE2, "--env=cartpole_swingup", "--maskers=.")
+    assert "not a checkpoint" in refused(RL, "--evaluate=checkpoint.pt")
     assert not hit.exists()
 
 

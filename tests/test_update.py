@@ -561,6 +561,12 @@ def test_shift_in_the_update():
 
 
 # ------------------------------------------------------------------------------------------------------------ the replay
+def transitions(replay: rl.Replay) -> torch.Tensor:
+    """The slots of all rows to which a transition leads that is still whole, by a look at each of them."""
+    oldest, last, this = replay.history[:, 0], replay.history[:, -2], replay.history[:, -1]
+    return ((last < this) & (oldest >= max(replay.first, replay.n - replay.capacity))).nonzero().squeeze(1)
+
+
 class PlainReplay:
     """Episodes as lists; stacks by plain indexing. Transitions carry their number as their action."""
 
@@ -597,7 +603,7 @@ class PlainReplay:
         before, self.before, self.replay = self.replay, self.replay.n, rl.Replay(1, capacity, (9, 4, 5), 2, 1, torch.device("cpu"))
         for part in self.parts:
             self.replay.restore(part)
-        assert torch.equal(self.replay.transitions(), before.transitions()) and self.replay.n == before.n
+        assert torch.equal(transitions(self.replay), transitions(before)) and self.replay.n == before.n
         self.replay.newest = before.newest  # files are written where an episode ends; here in its middle as well
 
     def check(self, samples: int) -> set[int]:
@@ -634,6 +640,8 @@ def test_replay_against_lists(capacity, through_files):
     assert plain.replay.frames.dtype == plain.replay.masks.dtype == torch.uint8
     expected = {i for i, (oldest, *_) in enumerate(plain.transitions) if oldest >= frames - capacity}
     assert plain.check(2000) == expected and len(expected) > 6  # nothing is lost but what is overwritten
+    counts = np.bincount(plain.replay.sample(20_000).action[:, 0].int().numpy())[min(expected) :]
+    assert len(counts) == len(expected) and np.abs(counts * len(expected) / 20_000 - 1).max() < 0.25  # all alike
 
 
 def test_a_replay_without_its_beginning():
@@ -649,8 +657,8 @@ def test_a_replay_without_its_beginning():
             written.add_first(np.array([1]), *seen(1))
         written.add_step(np.full((2, 1), t, np.float32), np.ones(2), np.zeros(2, bool), *seen(2))
     restored.restore(written.written_since(12))  # from the second one's new beginning; the first one is in the middle of its episode
-    assert restored.n == written.n == 23 and len(written.transitions()) == 20
-    assert (restored.history[restored.transitions()] >= 12).all() and len(restored.transitions()) == 5 + 2
+    assert restored.n == written.n == 23 and len(transitions(written)) == 20
+    assert (restored.history[transitions(restored)] >= 12).all() and len(transitions(restored)) == 5 + 2
 
 
 class Counting(gym.Env):
@@ -691,7 +699,7 @@ def test_vector_environments_leave_transitions_only():
         replay.add_step(actions, rewards, terminated, *rl.observe(None, obs, device))
         over = terminated | truncated
     vec_env.close()
-    assert replay.n == sum(20 + -(-20 // length) for length in lengths) == len(replay.transitions()) + 20 + 7 + 4
+    assert replay.n == sum(20 + -(-20 // length) for length in lengths) == len(transitions(replay)) + 20 + 7 + 4
     batch = replay.sample(2000)
     assert batch.obs.shape == (2000, 9, 4, 5) and len(set(batch.action[:, 0].tolist())) == 60
     for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
@@ -744,7 +752,7 @@ def test_the_loop_against_two_simulations(looped, make):
                 assert (replay.masks[row].int() - rl.mask_stack(teacher, frame[None])[0, 0].int()).abs().max() <= 1
                 row += 2
             assert table[2 * episode + i] == (str(40 + 40 * episode), str(episode), str(i), total)
-    assert len(table) == 4 and replay.n == 84 <= replay.capacity and len(replay.transitions()) == 80
+    assert len(table) == 4 and replay.n == 84 <= replay.capacity and len(transitions(replay)) == 80
 
 
 def test_who_acts_and_what_is_learned_from(looped):
@@ -1035,7 +1043,21 @@ def test_a_state_that_cannot_be_used_leaves_nothing_in_replay(tmp_path):
     envs.save_tensors(path, state | {"agent": {key: value for key, value in state["agent"].items() if key.startswith("masker.")}})
     other = make_run(2, capacity=200)
     assert rl.load_state(tmp_path, *other).step == 50
-    assert other[1].n == 55 and other[1].transitions().tolist() == [i for i in range(55) if i % 11 != 0]
+    assert other[1].n == 55 and transitions(other[1]).tolist() == [i for i in range(55) if i % 11 != 0]
+
+
+@pytest.mark.parametrize("capacity", [30, 52, 55, 60])
+def test_a_replay_that_is_shorter_than_what_a_checkpoint_adds(tmp_path, capacity):
+    """Fifty steps, fifty-five rows a checkpoint: what fills the ring by itself needs nothing that came before."""
+    run, rows = make_run(1, capacity), 0
+    for step in (50, 100, 150):
+        live(*run, 5)
+        rl.save_state(tmp_path, rl.Progress(step=step, rows=run[1].n), *run, rows)
+        rows = run[1].n
+    other = make_run(2, capacity)
+    assert rl.load_state(tmp_path, *other).step == 150
+    assert other[1].n == 165 and all(torch.equal(getattr(other[1], key), getattr(run[1], key)) for key in other[1].STORES)
+    assert torch.equal(transitions(other[1]), transitions(run[1])) and len(transitions(run[1])) > 20
 
 
 def test_replay_that_is_not_whole_is_not_used(tmp_path):
