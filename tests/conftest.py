@@ -9,6 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # as envs.py does: a test may import MuJoCo before it
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: threads that wait for one another on a busy core cost many times what they bring
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def media(variable, what):
