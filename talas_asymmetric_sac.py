@@ -614,9 +614,9 @@ def find_run(args: Args) -> Path | None:
     """The folder of the run to go on with: the one asked for, or for auto the newest in runs/ that was given these arguments, if there is one."""
     if args.resume != "auto":
         return Path(args.resume)
-    varies = dict.fromkeys(
-        ("resume", "checkpoint_every", "device", "compile", "cudagraphs", *(["precision"] if args.precision == "auto" else []))
-    )  # auto became what it stands for
+    varies = dict.fromkeys(("resume", "checkpoint_every", "device", "compile", "cudagraphs"))
+    if args.precision == "auto":
+        varies["precision"] = None  # it became what it stands for
     asked = json.loads(json.dumps(asdict(args) | varies))
     for path in sorted(Path("runs").glob(f"{args.env}__{glob.escape(args.exp_name)}__{args.seed}__*/args.json"), reverse=True):
         with suppress(ValueError, TypeError, OSError):

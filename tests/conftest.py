@@ -1,5 +1,6 @@
 """Real MuJoCo and real files throughout. Media come from the environment variables; a test that needs some that are not set is skipped."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -51,3 +52,26 @@ def make(request):
     yield make_env
     for env in made:
         env.close()
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """refused(script, *args): what it raises, in this process: one line, which its end prints. Nothing is left of a run that never was."""
+    import tyro
+    from commands import RL, SMALL
+
+    import envs
+    import talas_asymmetric_sac as rl
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("TALAS_DISTRACTORS", "TALAS_OVERLAY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(script, *args):
+        module = importlib.import_module(script)
+        with pytest.raises((envs.UserError, OSError)) as error:
+            module.main(*rl.read_args([*args, *SMALL])) if script == RL else module.main(tyro.cli(module.Args, args=args))
+        assert "\n" not in str(error.value) and not list(tmp_path.glob("runs/*__*"))
+        return str(error.value)
+
+    return call

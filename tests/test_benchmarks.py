@@ -98,7 +98,7 @@ def test_interquartile_mean():
         runs.append({"run": f"{task}{seed}", **about})
         episodes += [{"run": f"{task}{seed}", "setting": "video_hard", "return": str(100 * i + j)} for j in (-1, 1)]
     aggregated = tables.aggregates(runs, episodes)
-    assert "| TaLaS | sim | 1,000 | walker_walk 3, cheetah_run 3 | 250 |" in aggregated
+    assert "| TaLaS, overlay | sim | 1,000 | walker_walk 3, cheetah_run 3 | 250 |" in aggregated
     for run in runs[3:]:
         run["action_repeat"] = "8"  # a budget is one of agent steps: the benchmark's 500,000 are more frames on some tasks
     assert tables.aggregates(runs, episodes) == aggregated

@@ -1,92 +1,45 @@
-"""The three scripts end to end, as a person starts them, on small budgets; and what they answer to a person's mistakes."""
+"""The three scripts end to end, as a person starts them, one after the other, on small budgets; and what they make of one another's files."""
 
 import contextlib
 import csv
-import ctypes
-import importlib
 import json
 import math
-import multiprocessing
 import os
 import pathlib
-import re
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
-import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-import tyro
+from commands import (
+    FAMILIES,
+    LENGTHS,
+    PHASE1,
+    PHASE2,
+    RL,
+    SETTINGS,
+    SMALL,
+    children,
+    finish,
+    is_running,
+    metrics,
+    mistake,
+    only,
+    returns,
+    run,
+    start,
+    wait_for,
+)
 from filelock import FileLock
-from torch.utils.tensorboard import SummaryWriter
 
 import envs
 import talas_asymmetric_sac as rl
-import talas_phase1 as phase1
-
-ROOT = Path(__file__).parents[1]
-RL, PHASE1, PHASE2 = "talas_asymmetric_sac", "talas_phase1", "talas_phase2"
-SETTINGS = ("train", "video_easy", "video_hard") if os.environ.get("TALAS_DISTRACTORS") else ("train", "procedural")
-SMALL = ["--total-timesteps=40", "--hidden-dim=16", "--encoder=small", "--batch-size=4", "--overlay-images=20", "--eval-episodes=1"]
-FAMILIES = {"cartpole_swingup": 50, "hammer": 20, "unitree_walk": 100}  # of each a task, with an action repeat that makes episodes short
-LENGTHS = {"cartpole_swingup": 20, "hammer": 10, "unitree_walk": 10}  # agent steps per episode at that repeat
-
-
-def start(script: str, *args: str, cwd: Path, **env: str | None) -> subprocess.Popen:
-    # The scripts choose the GL backend. One thread each: several run side by side here, and threads that wait for one another would starve.
-    variables = {key: value for key, value in (os.environ | {"MUJOCO_GL": None, "OMP_NUM_THREADS": "1"} | env).items() if value is not None}
-    command = [sys.executable, str(ROOT / f"{script}.py"), *args]
-    return subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen, code: int = 0, timeout: int = 240) -> tuple[str, str]:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == code, f"{out}\n{err}"
-    return out, err
-
-
-def run(script: str, *args: str, cwd: Path) -> str:
-    return finish(start(script, *args, cwd=cwd))[0]
-
-
-def mistake(script: str, *args: str, cwd: Path, code: int = 1, **env: str | None) -> str:
-    """Run what must fail; check that it fails in one line, and leaves nothing of a run behind; return the line."""
-    _, err = finish(start(script, *args, cwd=cwd, **env), code, timeout=120)
-    assert "Traceback" not in err
-    if code == 1:
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1, err
-        assert not list(cwd.glob("runs/*__*")), "a run folder of a run that never was"
-    return err
-
-
-def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
-
-
-def metrics(folder: Path) -> dict[str, float]:
-    figures = json.loads((folder / "metrics.json").read_text())
-    assert all(math.isfinite(value) for value in figures.values())
-    return figures
-
-
-def returns(folder: Path) -> list[dict[str, str]]:
-    with (folder / "returns.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def check_film(path: Path, frames: int) -> None:
@@ -127,7 +80,6 @@ def trained(tmp_path_factory):
     return get
 
 
-# ------------------------------------------------------------------------------------------------------------ end to end
 @pytest.mark.parametrize("env_id", FAMILIES)
 def test_three_scripts(trained, env_id):
     t = trained(env_id)
@@ -212,22 +164,6 @@ def test_one_seed_is_one_run(trained, tmp_path):
     assert not (tmp_path / "runs/maskers").exists()  # --masker-path was given
 
 
-def wait_for(process: subprocess.Popen, cwd: Path, pattern: str, timeout: float = 120) -> None:
-    end = time.time() + timeout
-    while not list(cwd.glob(pattern)) and time.time() < end and process.poll() is None:
-        time.sleep(0.02)
-    assert list(cwd.glob(pattern)) and process.poll() is None, process.communicate()
-
-
-def is_running(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
     """Killed; told to stop; its worker killed; another one started meanwhile. In the end its files are those of the run that nobody touched."""
@@ -281,228 +217,6 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path):
     assert "came to its end before" in finish(start(*again, cwd=tmp_path))[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_ctrl_c_in_the_middle_of_the_loop(tmp_path):
-    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--checkpoint-every=20"]
-    args += ["--total-timesteps=5000"]
-    process = start(RL, *SMALL[1:], "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path)
-    wait_for(process, tmp_path, "runs/*/resume/0*20.state.pt")
-    workers = children(process.pid)
-    process.send_signal(signal.SIGINT)
-    out, err = finish(process, 130, timeout=20)
-    assert f"stopped; to go on: python {ROOT}/{RL}.py --resume runs/" in out and "Traceback" not in err
-    time.sleep(1)
-    assert workers and not [pid for pid in workers if is_running(pid)]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what ends a process")
-def test_a_vector_environment_leaves_the_process_that_makes_it_as_it_was():
-    """Gymnasium makes one environment there as well: a worker's one thread, deaf ear to Ctrl-C and end with its parent are not for it."""
-
-    def state() -> tuple:
-        signal_at_parents_end = ctypes.c_int()
-        ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_parents_end))  # PR_GET_PDEATHSIG
-        return torch.get_num_threads(), signal.getsignal(signal.SIGINT), signal_at_parents_end.value
-
-    threads, handler = torch.get_num_threads(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's ignores it
-    torch.set_num_threads(2)
-    before = state()
-    gym.vector.AsyncVectorEnv([partial(envs.make_env_in_worker, "cartpole_swingup")], context="spawn").close()
-    assert state() == before == (2, signal.default_int_handler, 0)
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
-
-
-def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tmp_path, monkeypatch):
-    """Their own arguments, but for a few that are typed, a default among them; any other is refused, not dropped."""
-    monkeypatch.chdir(tmp_path)
-    typed = ["--env=cup_catch", "--exp-name=a[1]*", "--total-timesteps=1000", "--checkpoint-every=100", "--eval-settings", "train", "procedural"]
-    own = replace(rl.read_args(typed)[0], precision="bf16")  # as a run writes it, of auto
-    folder = Path("runs") / f"ball_in_cup_catch__{own.exp_name}__1__20260101-000000-1"
-    folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(asdict(own)))
-
-    resume = f"--resume={folder}"
-    assert rl.read_args([resume]) == (replace(own, resume=str(folder)), folder)
-    longer = rl.read_args([resume, "--total-timesteps=500000", "--checkpoint-every=2500", "--device=cpu", "--precision=fp32"])[0]
-    assert (longer.total_timesteps, longer.checkpoint_every, longer.device, longer.precision) == (500_000, 2500, "cpu", "fp32")
-    for flags, named in ((["--batch-size=7"], "--batch-size: "), (["--env=hammer"], "--env: "), (["--gamma=0.99", "--num-envs=3"], "--num-envs: ")):
-        with pytest.raises(envs.UserError, match=named):
-            rl.read_args([resume, *flags])
-
-    auto = "--resume=auto"
-    assert rl.read_args([*typed, auto]) == (replace(own, resume="auto"), folder)
-    assert rl.read_args([*typed, auto, "--precision=bf16"])[1] == folder
-    assert rl.read_args([*typed, auto, "--precision=fp32"])[1] is None
-    assert rl.read_args([*typed, auto, "--seed=2"])[1] is None
-
-    agent = str(next((ROOT / "results/agents").glob("*.pt")))
-    args, nobody = rl.read_args(["--evaluate", agent, "--seed=7", "--eval-episodes=2"])
-    assert nobody is None and (args.env, args.augmentation, args.seed, args.eval_episodes) == ("cartpole_swingup", "mix", 7, 2)
-    with pytest.raises(envs.UserError, match=r"--masker: .* has its own, student"):
-        rl.read_args(["--evaluate", agent, "--masker=none"])
-    content = envs.load_tensors(Path(agent))
-    envs.save_tensors(tmp_path / "elsewhere.pt", content | {"args": content["args"] | {"track": True, "device": "cuda", "cudagraphs": True}})
-    elsewhere = rl.read_args(["--evaluate=elsewhere.pt"])[0]  # nothing of which an evaluation on this machine needs
-    assert (elsewhere.track, elsewhere.device, elsewhere.cudagraphs) == (False, "cpu", False)
-    (folder / "args.json").write_text(json.dumps(asdict(args)))
-    with pytest.raises(envs.UserError, match="the folder of an evaluation"):
-        rl.read_args([resume])
-
-
-@pytest.fixture
-def short(tmp_path, monkeypatch):
-    """A run of 60 steps in this process, which evaluates nothing: a function of other flags."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rl, "evaluate", lambda *_: {})
-    rl.saving.__wrapped__.__defaults__[0].clear()  # what was said before, by another run
-    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings=train", "--action-repeat=50", "--checkpoint-every=20"]
-    args = ["--env=cartpole_swingup", *SMALL, *args, "--total-timesteps=60", "--learning-starts=42"]
-    return lambda *other: rl.main(*rl.read_args([*args, *other]))
-
-
-@pytest.mark.parametrize(("what", "holds"), [("a loss", "obs"), ("an action", "pixels"), ("a reward or an observation", "rewards")])
-def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, short, what, holds):
-    act, step_wait, steps = rl.Agent.act, gym.vector.AsyncVectorEnv.step_wait, []
-
-    def wait(self, timeout):
-        obs, rewards, *rest = step_wait(self, timeout)
-        steps.append(rewards)
-        return obs, rewards * (np.nan if len(steps) == 45 else 1), *rest
-
-    if what == "an action":
-        monkeypatch.setattr(rl.Agent, "act", lambda self, *seen, mean: act(self, *seen, mean=mean) * np.nan)
-    if "reward" in what:
-        monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step_wait", wait)
-    with pytest.raises(envs.UserError, match=f"step 4[2-5]: {what} is infinite or not a number"):
-        short(*(["--critic-lr=1e9"] if what == "a loss" else []))
-    folder = only(tmp_path, "runs/*")
-    assert holds in envs.load_tensors(folder / "not_finite.pt")
-    state = envs.load_tensors(only(folder, "resume/0*40.state.pt"))
-    assert all(weight.isfinite().all() for weight in state["agent"].values())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="stops a process as Linux does")
-def test_a_worker_that_hangs_twice_ends_the_run_and_it_goes_on_later(tmp_path, monkeypatch, capsys, short):
-    """After five minutes each, or here two seconds. The first time once more, the second time the end; what it takes to go on is there."""
-    add_step, calls = rl.Replay.add_step, []
-
-    def stop(*args):
-        add_step(*args)
-        calls.append(args)
-        if len(calls) in (45, 50):  # step 45, and from 40 on step 45 again
-            monkeypatch.setattr(rl, "PATIENCE", 2)
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGSTOP)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rl.Replay, "add_step", stop)
-        with pytest.raises(envs.UserError, match=r"^TimeoutError: .*; when that is mended, to go on: .* --resume runs/"):
-            short()
-    out, err = capsys.readouterr()
-    assert "once more, from the last checkpoint" in out and out.count("going on from step 40") == 1 and err.count("Traceback") == 2
-    for process in multiprocessing.active_children():
-        process.join(10)  # killed, stopped or not
-    assert not multiprocessing.active_children()
-    folder = only(tmp_path, "runs/*")
-    monkeypatch.setattr(rl, "PATIENCE", 60)
-    with pytest.raises(envs.UserError, match=r"--total-timesteps 39: .* has made 40 steps already"):
-        rl.main(*rl.read_args([f"--resume={folder}", "--total-timesteps=39"]))
-    (folder / "returns.csv").write_text("")  # shorter than it was at the checkpoint
-    rl.main(*rl.read_args([f"--resume={folder}"]))
-    assert [row["step"] for row in returns(folder)] == ["60"] and metrics(folder)["train/updates"] == 18
-
-
-def test_media_that_are_gone_cost_an_evaluation_and_not_the_run(tmp_path, monkeypatch, capsys, short):
-    """But the one at its end, which can be made up for."""
-
-    def gone(*_):
-        raise envs.UserError("--distractors media: no such folder")
-
-    monkeypatch.setattr(rl, "evaluate", gone)
-    with pytest.raises(envs.UserError, match=r"--distractors media: no such folder; when that is mended, to go on: .* --resume runs/"):
-        short("--eval-every=20")
-    assert capsys.readouterr().err.count("warning: an evaluation cannot be written (--distractors media: no such folder); going on") == 1
-    monkeypatch.setattr(rl, "evaluate", lambda *_: {"eval/train/return_mean": 1.0})
-    folder = only(tmp_path, "runs/*")
-    rl.main(*rl.read_args([f"--resume={folder}"]))
-    assert metrics(folder)["eval/train/return_mean"] == 1.0 and len(returns(folder)) == 3
-
-
-def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
-    """Files of at most 1 MB: tables fit, checkpoints do not. It is said once, nothing lies half written, and the error at the end is a line."""
-    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--total-timesteps=60"]
-    args += ["--checkpoint-every=20", "--eval-every=20", "--hidden-dim=128"]
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
-
-    command = [sys.executable, str(ROOT / f"{RL}.py"), *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, preexec_fn=limit)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    for what in ("an evaluation", "a checkpoint to resume from"):
-        assert done.stderr.count(f"warning: {what} cannot be written") == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "no checkpoint to go on from, start the same again" in done.stderr.splitlines()[-1]
-    folder = only(tmp_path, "runs/*")
-    assert [row["step"] for row in returns(folder)] == ["20", "40", "60"]
-    assert not list(folder.rglob("*.state.pt")) and not list(folder.glob("*.pt")) and not list(folder.rglob(".*"))
-
-
-def test_a_replay_that_cannot_be_had(tmp_path):
-    """In an address space of 30 GB, which holds the scripts' libraries and not 28 TB of frames: a line, before any run folder."""
-    args = ["--env=cartpole_swingup", "--masker=none", "--device=cpu", "--total-timesteps=1000000000", "--replay-size=1000000000"]
-    limit = partial(resource.setrlimit, resource.RLIMIT_AS, (30 * 10**9, 30 * 10**9))
-    command = [sys.executable, str(ROOT / f"{RL}.py"), *SMALL, *args]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, preexec_fn=limit)
-    assert done.returncode == 1 and "too much; give a smaller --replay-size" in done.stdout
-    assert done.stderr == "error: --replay-size 1,000,000,000: 28268.0 GB cannot be had on cpu; give a smaller one\n"
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread ends
-def test_curves_that_cannot_be_written_cost_only_themselves(tmp_path, monkeypatch, capsys, short):
-    """TensorBoard opens its file by name for every write; a folder of that name stands for a disk that does not take it."""
-
-    def writer(folder: Path, **kwargs) -> SummaryWriter:
-        made = SummaryWriter(folder, **kwargs)
-        events = only(folder, "events*")
-        events.unlink()
-        events.mkdir()
-        return made
-
-    monkeypatch.setattr(rl, "SummaryWriter", writer)
-    monkeypatch.setattr(rl, "evaluate", lambda *_: {"eval/train/return_mean": 1.0})
-    short()
-    assert capsys.readouterr().err.count("warning: TensorBoard's curves cannot be written") == 1
-    folder = only(tmp_path, "runs/*")
-    assert metrics(folder)["train/updates"] == 18 and "eval/train/return_mean" in (folder / "evaluations.csv").read_text()
-
-
-def test_several_environments_in_the_textbooks_order(tmp_path, short):
-    """Whole steps of all of them, an update per agent step, and every environment's episodes in the table."""
-    short("--total-timesteps=41", "--num-envs=2", "--no-overlap")
-    folder = only(tmp_path, "runs/*")
-    figures, rows = metrics(folder), returns(folder)
-    assert (figures["train/steps"], figures["train/updates"]) == (42, 42 - 33)
-    assert [(row["step"], row["env"], row["length"]) for row in rows] == [("40", "0", "20"), ("40", "1", "20")]
-    assert rows[0]["return"] != rows[1]["return"]
-
-
-def test_without_masker(tmp_path):
-    """SAC with random shift: no masker is made, nothing is masked."""
-    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "procedural", "--precision=fp32"]
-    run(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, "--overlay=nowhere", cwd=tmp_path)  # clean views look at no photograph
-    folder = only(tmp_path, "runs/*")
-    assert folder.name.startswith("cartpole_swingup__talas__1__")
-    figures = metrics(folder)
-    assert figures["train/updates"] == 8
-    assert {"eval/train/return_mean", "eval/procedural/return_mean"} <= figures.keys()
-    assert not [key for key in figures if "video" in key or "iou" in key]
-    film = np.stack([np.asarray(frame) for frame in imageio.get_reader(folder / "train.mp4")])
-    assert film[:, :, 340:668].min() > 250  # the mask is white
-
-
 def test_a_second_run_waits_for_the_first_ones_masker(trained, tmp_path):
     """Whoever holds the lock makes the masker; another run, started meanwhile, takes what it finds when the lock is free."""
     t = trained("cartpole_swingup")
@@ -544,206 +258,12 @@ def test_phase_two_alone_is_made_up_for(trained, tmp_path, monkeypatch):
     assert student.read_bytes() == before
 
 
-def test_without_any_masker_both_phases_are_run(tmp_path):
-    """From the first, with the flags that concern them; if that fails, no second."""
-    args = ["--env=cartpole_swingup", "--overlay=nowhere", "--distractors=.", "--eval-settings", "train"]
-    out, err = finish(start(RL, *SMALL, *args, cwd=tmp_path), 1)
-    assert "$ python talas_phase1.py --env=cartpole_swingup --overlay=nowhere --overlay-images=20 --device=auto --distractors=.\n" in out
-    assert "nowhere: no such folder" in err and "talas_phase1.py failed" in err and "talas_phase2.py" not in out + err
-
-
-def test_media_with_some_settings_only(tmp_path):
-    """Phase I reports on the video settings that are there."""
-    (tmp_path / "media").mkdir()
-    args = ["--env=cartpole_swingup", "--frames=4", "--test-frames=4", "--steps=1", "--overlay-images=20", "--distractors=media"]
-    run(PHASE1, *args, cwd=tmp_path)
-    assert not [key for key in metrics(only(tmp_path, "runs/*__phase1__*")) if "video" in key]
-
-
-def test_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
-    """Two processes collect what one does, clip by clip, and in the same order."""
-    monkeypatch.setattr(phase1, "CLIP", 3)
-    args, counts = phase1.Args(env="cartpole_swingup", seed=3), {"spread": 5, "random": 4}
-    pools = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"), initializer=envs.start_worker)
-    with pools(1) as one, pools(2) as two:
-        a, b = (phase1.collect(args, "the cart and the pole", counts, ("procedural",), pool) for pool in (one, two))
-    assert a.keys() == b.keys() == {"clean", "masks", "procedural"}
-    assert a["clean"].shape == (9, 3, 84, 84) and a["masks"].shape == (9, 84, 84)
-    assert all(np.array_equal(a[key], b[key]) for key in a)
-    assert len({frame.tobytes() for frame in a["clean"]}) == 9
-    assert (a["procedural"] != a["clean"]).any(1)[~a["masks"]].mean() > 0.5
-
-
-@pytest.fixture
-def one_thread():
-    """As a worker has: two add up in another order, and over an episode the last bits grow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_evaluation_plays_every_episode_once(tmp_path, one_thread):
-    """In processes, what a loop over the episodes comes to, with masks made a frame at a time; a success rate where there is one to tell."""
-    args = rl.Args(env="hammer", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32")
-    torch.manual_seed(1)
-    agent = rl.Agent(args, 9, 24, 26, rl.Masker(), None)
-    rl.save_agent(tmp_path / "checkpoint.pt", agent, 0, "the hand")
-    figures = rl.evaluate(tmp_path / "checkpoint.pt", args, ("train", "procedural"), 3, None)
-    for setting in ("train", "procedural"):
-        env, totals, ious = envs.make_env("hammer", setting, args.seed + 10_000, action_repeat=20), [], []
-        for episode in range(3):
-            (obs, _), done, step = env.reset(options={"episode": episode}), False, 0
-            totals.append(0.0)
-            while not done:
-                pixels, proprio = torch.from_numpy(obs["pixels"])[None], torch.from_numpy(obs["proprio"])[None]
-                with torch.no_grad():
-                    mask = torch.cat([agent.masker(frame).sigmoid() for frame in pixels.float().split(3, 1)])[None]
-                if step % 5 == 0:
-                    ious.append(envs.mask_iou(mask[0, -1:].numpy() > 0.5, env.segment("the hand")[None])[0])
-                obs, reward, _, done, _ = env.step(agent.act(pixels, (mask * 255).round().byte(), proprio, mean=True)[0])
-                totals[-1] += reward
-                step += 1
-        env.close()
-        assert figures[f"eval/{setting}/return_mean"] == pytest.approx(np.mean(totals), rel=1e-3)
-        assert figures[f"eval/{setting}/return_std"] == pytest.approx(np.std(totals), rel=1e-2)
-        assert figures[f"eval/{setting}/episodes"] == 3 and figures[f"eval/{setting}/success_rate"] == 0
-        assert figures[f"iou/{'clean' if setting == 'train' else setting}"] == pytest.approx(np.mean(ious), abs=2e-3)
-
-
-def test_success_is_an_episodes(tmp_path):
-    """Of an agent that finds its nail in: more than 25 control steps make a success, 20 do not. The flags reach the environment."""
-    args = rl.Args(env="hammer", reward="sparse", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32", masker="none")
-    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 24, 26, None, None), 0, None)
-    env = rl.make_env_once("hammer", "train", args.seed + 10_000, **rl.env_options(args))  # the one that it will play in
-    env.task.env.init_qpos[-7] = 0.09
-    for steps in (1, 2):
-        env.episode_steps = steps
-        total, success, *_ = rl.play(tmp_path / "checkpoint.pt", args, ("train", 0))
-        assert total == pytest.approx(200 * steps) and success == (steps == 2)  # a sparse reward of 10 at each control step
-    rl.make_env_once.cache_clear()
-    env.close()
-
-
-def test_train_all_runs_what_is_not_finished(tmp_path):
-    """One table of all runs' figures; a second call runs nothing again; a run that fails is named."""
-    flags = " ".join([*SMALL, "--action-repeat=50", "--eval-settings train"])
-    args = ["--envs", "cartpole_swingup", "--variants", "sac", "--output=table.csv", f"--flags={flags}"]
-    run("benchmarks/train_all", *args, cwd=tmp_path)
-    with (tmp_path / "table.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    expected = metrics(only(tmp_path, "runs/cartpole_swingup__sac__1__*"))
-    assert {row["figure"]: float(row["value"]) for row in rows} == pytest.approx(expected, rel=1e-3)
-    assert {(row["env"], row["variant"], row["seed"]) for row in rows} == {("cartpole_swingup", "sac", "1")}
-    before = (tmp_path / "table.csv").read_text()
-    out, err = finish(start("benchmarks/train_all", *args, "--seeds", "1", "-1", cwd=tmp_path), 1)
-    assert "cartpole_swingup__sac__1: finished before" in out and "1 runs, 1 at a time\n" in out
-    assert "1 of 2 runs failed: cartpole_swingup__sac__-1" in err and "Traceback" not in err
-    only(tmp_path, "runs/cartpole_swingup__sac__1__*")
-    _, err = finish(start("benchmarks/train_all", *args, "--name=other_", "--memory=0.1", cwd=tmp_path), 1)
-    assert err.startswith("error: one run is expected to take ") and "of 0.1" in err
-    _, err = finish(start("benchmarks/train_all", *args, "--name=other_", "--seeds", "-1", cwd=tmp_path), 1)  # another sweep leaves this one's rows
-    assert "cartpole_swingup__other_sac__-1" in err and (tmp_path / "table.csv").read_text() == before
-
-
-# ------------------------------------------------------------------------------------------------------------ mistakes
-NO_MASKER = ["--env=walker_walk", "--masker=none"]
-MISTAKES = [  # script, arguments, what the one line says
-    (RL, ["--env=walker_wlak"], "did you mean walker_walk"),
-    (PHASE1, ["--env=walker_wlak"], "did you mean walker_walk"),
-    (PHASE2, ["--env=walker_wlak"], "did you mean walker_walk"),
-    (RL, ["--env=walker_walk", "--masker-path=nowhere"], "no such masker"),
-    (RL, [*NO_MASKER, "--augmentation=swap"], "swap or mix need a --masker"),
-    (RL, [*NO_MASKER, "--clean-masker=teacher"], "--clean-masker"),
-    (RL, [*NO_MASKER, "--overlay=nowhere"], "nowhere: no such folder"),
-    (RL, [*NO_MASKER, "--distractors=.", "--eval-settings", "video_hard"], "video_hard/"),
-    (RL, [*NO_MASKER, "--eval-settings", "video_hard"], "video_hard needs DMControl-GB's media: --distractors"),
-    (RL, [*NO_MASKER, "--device=cuda:99"], "cuda:99"),
-    (RL, [*NO_MASKER, "--cudagraphs", "--device=cpu"], "needs a CUDA GPU"),
-    (RL, ["--evaluate=nowhere.pt"], "nowhere.pt: not a checkpoint of this script (FileNotFoundError"),
-    (RL, ["--resume=nowhere"], "nowhere: not the folder of a run"),
-    (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
-    (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
-    (PHASE1, ["--env=walker_walk", "--seed=-1"], "seed -1: has to be a number from 0 to"),
-    (PHASE1, ["--env=walker_walk", "--output=/dev/null/maskers"], "Not a directory: '/dev/null/maskers'"),
-    (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
-    (PHASE2, ["--env=walker_walk", "--steps=0"], "steps 0: has to be a number from 1"),
-    ("envs", ["--env=walker_walk", "--output=picture"], "picture: not the name of a picture"),
-    ("envs", ["--env=lqr_lqr_2_1"], "unknown --env 'lqr_lqr_2_1'"),
-]
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch):
-    """refused(script, *args): what it raises, in this process: one line, which its end prints (below). Nothing is left of a run that never was."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("TALAS_DISTRACTORS", "TALAS_OVERLAY"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(script: str, *args: str) -> str:
-        module = importlib.import_module(script)
-        with pytest.raises((envs.UserError, OSError)) as error:
-            module.main(*rl.read_args([*args, *SMALL])) if script == RL else module.main(tyro.cli(module.Args, args=args))
-        assert "\n" not in str(error.value) and not list(tmp_path.glob("runs/*__*"))
-        return str(error.value)
-
-    return call
-
-
-@pytest.mark.parametrize(("script", "args", "said"), MISTAKES, ids=[" ".join([script, *args]) for script, args, _ in MISTAKES])
-def test_mistakes(refused, script, args, said):
-    assert said in refused(script, *args)
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What the scripts, started as a person does, answer to a mistake of each kind; two at a time, because each takes seconds to start."""
-    first = {script: (script, args, said, 1) for script, args, said in MISTAKES[::-1]}
-    first |= {flag: (script, [f"{flag}={value}"], flag, 2) for script, flag, value in TYRO}
-    with ThreadPoolExecutor(2) as pool:
-        asked = {key: pool.submit(mistake, s, *args, cwd=tmp_path_factory.mktemp("mistake"), code=code) for key, (s, args, _, code) in first.items()}
-        yield {key: (first[key][2], answer) for key, answer in asked.items()}
-
-
-TYRO = [(RL, "--no-such-flag", "1"), (PHASE1, "--frames", "many"), (PHASE2, "--augmentation", "blur")]  # it answers these itself, in a box
-
-
-@pytest.mark.parametrize("key", [RL, PHASE1, PHASE2, "envs", *(flag for _, flag, _ in TYRO)])
-def test_a_mistake_ends_a_script_in_one_line(answers, key):
-    said, answer = answers[key]
-    assert said in answer.result()
-
-
 @pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
 def test_a_folder_that_cannot_be_written(trained, tmp_path, script):
     """For root, as which CI may run, a file in its place stands for a folder without permission."""
     (tmp_path / "runs").touch()
     args = {RL: ["--masker=none", *SMALL], PHASE1: ["--output=maskers"], PHASE2: [f"--maskers={trained('cartpole_swingup').maskers}"]}[script]
     assert "runs" in (line := mistake(script, "--env=cartpole_swingup", *args, cwd=tmp_path)) and ("written" in line or "directory" in line)
-
-
-NUMBERS = [
-    (script, field.name)
-    for script in (RL, PHASE1, PHASE2)
-    for field in fields(importlib.import_module(script).Args)
-    if re.search("int|float", str(field.type))
-]
-
-
-@pytest.mark.parametrize(("script", "name"), NUMBERS)
-def test_numbers_that_make_no_sense(script, name):
-    """Of each numeric flag: less than nothing, endless, not a number, beyond what anything could hold. One line that names the flag, at once."""
-    module, flag = importlib.import_module(script), f"--{name.replace('_', '-')}"
-    for value in ("-1", "-1e-9", "nan", "inf", "1e30", "10000000000000000000000", "1,5", "½", ""):
-        try:
-            args = tyro.cli(module.Args, args=["--env=walker_walk", f"{flag}={value}"], console_outputs=False)
-        except SystemExit as parsed:
-            assert parsed.code == 2, "tyro's own answer"
-            continue
-        with pytest.raises(envs.UserError) as error:
-            module.main(args)
-        assert str(error.value).startswith(f"{flag} ")
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("script", "flag", "which"), [(RL, "masker-path", "student"), (PHASE2, "maskers", "teacher")])
@@ -801,15 +321,3 @@ def test_hostile_files_are_not_executed(trained, tmp_path, refused):
     assert "not a masker" in refused(PHASE2, "--env=cartpole_swingup", "--maskers=.")
     assert "not a checkpoint" in refused(RL, "--evaluate=checkpoint.pt")
     assert not hit.exists()
-
-
-# ------------------------------------------------------------------------------------------------------------ --help
-@pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
-def test_help_explains_every_flag(script, tmp_path):
-    out = run(script, "--help", cwd=tmp_path)
-    source = (ROOT / f"{script}.py").read_text()
-    for field in fields(importlib.import_module(script).Args):
-        assert f"--{field.name.replace('_', '-')}" in out, field.name
-        line, below = re.search(rf"\n    ({field.name}: .*)\n(.*)", source).groups()  # documented beside the field, or in a string below it
-        said = line.split("  # ")[1] if "  # " in line else re.match(r' {4}"""(.+)"""', below)[1]
-        assert " ".join(said.split()[:3]).lower() in " ".join(out.replace("│", " ").split()).lower(), f"{field.name} is not documented"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from test_scripts import PHASE1, ROOT, finish, metrics, mistake, only, run, start
+from commands import PHASE1, ROOT, finish, metrics, mistake, only, run, start
 
 import envs
 import talas_phase1 as phase1

@@ -1,0 +1,137 @@
+"""What the three scripts answer to a person's mistakes, and to --help."""
+
+import importlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import tyro
+from commands import PHASE1, PHASE2, RL, ROOT, mistake, run
+
+import envs
+import talas_asymmetric_sac as rl
+
+NO_MASKER = ["--env=walker_walk", "--masker=none"]
+
+MISTAKES = [  # script, arguments, what the one line says
+    (RL, ["--env=walker_wlak"], "did you mean walker_walk"),
+    (PHASE1, ["--env=walker_wlak"], "did you mean walker_walk"),
+    (PHASE2, ["--env=walker_wlak"], "did you mean walker_walk"),
+    (RL, ["--env=walker_walk", "--masker-path=nowhere"], "no such masker"),
+    (RL, [*NO_MASKER, "--augmentation=swap"], "swap or mix need a --masker"),
+    (RL, [*NO_MASKER, "--clean-masker=teacher"], "--clean-masker"),
+    (RL, [*NO_MASKER, "--overlay=nowhere"], "nowhere: no such folder"),
+    (RL, [*NO_MASKER, "--distractors=.", "--eval-settings", "video_hard"], "video_hard/"),
+    (RL, [*NO_MASKER, "--eval-settings", "video_hard"], "video_hard needs DMControl-GB's media: --distractors"),
+    (RL, [*NO_MASKER, "--device=cuda:99"], "cuda:99"),
+    (RL, [*NO_MASKER, "--cudagraphs", "--device=cpu"], "needs a CUDA GPU"),
+    (RL, ["--evaluate=nowhere.pt"], "nowhere.pt: not a checkpoint of this script (FileNotFoundError"),
+    (RL, ["--resume=nowhere"], "nowhere: not the folder of a run"),
+    (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
+    (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
+    (PHASE1, ["--env=walker_walk", "--seed=-1"], "seed -1: has to be a number from 0 to"),
+    (PHASE1, ["--env=walker_walk", "--output=/dev/null/maskers"], "Not a directory: '/dev/null/maskers'"),
+    (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
+    (PHASE2, ["--env=walker_walk", "--steps=0"], "steps 0: has to be a number from 1"),
+    ("envs", ["--env=walker_walk", "--output=picture"], "picture: not the name of a picture"),
+    ("envs", ["--env=lqr_lqr_2_1"], "unknown --env 'lqr_lqr_2_1'"),
+]
+
+
+@pytest.mark.parametrize(("script", "args", "said"), MISTAKES, ids=[" ".join([script, *args]) for script, args, _ in MISTAKES])
+def test_mistakes(refused, script, args, said):
+    assert said in refused(script, *args)
+
+
+TYRO = [(RL, "--no-such-flag", "1"), (PHASE1, "--frames", "many"), (PHASE2, "--augmentation", "blur")]  # it answers these itself, in a box
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What the scripts, started as a person does, answer to a mistake of each kind; two at a time, because each takes seconds to start."""
+    first = {script: (script, args, said, 1) for script, args, said in MISTAKES[::-1]}
+    first |= {flag: (script, [f"{flag}={value}"], flag, 2) for script, flag, value in TYRO}
+    with ThreadPoolExecutor(2) as pool:
+        asked = {key: pool.submit(mistake, s, *args, cwd=tmp_path_factory.mktemp("mistake"), code=code) for key, (s, args, _, code) in first.items()}
+        yield {key: (first[key][2], answer) for key, answer in asked.items()}
+
+
+@pytest.mark.parametrize("key", [RL, PHASE1, PHASE2, "envs", *(flag for _, flag, _ in TYRO)])
+def test_a_mistake_ends_a_script_in_one_line(answers, key):
+    said, answer = answers[key]
+    assert said in answer.result()
+
+
+def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tmp_path, monkeypatch):
+    """Their own arguments, but for a few that are typed, a default among them; any other is refused, not dropped."""
+    monkeypatch.chdir(tmp_path)
+    typed = ["--env=cup_catch", "--exp-name=a[1]*", "--total-timesteps=1000", "--checkpoint-every=100", "--eval-settings", "train", "procedural"]
+    own = replace(rl.read_args(typed)[0], precision="bf16")  # as a run writes it, of auto
+    folder = Path("runs") / f"ball_in_cup_catch__{own.exp_name}__1__20260101-000000-1"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(asdict(own)))
+
+    resume = f"--resume={folder}"
+    assert rl.read_args([resume]) == (replace(own, resume=str(folder)), folder)
+    longer = rl.read_args([resume, "--total-timesteps=500000", "--checkpoint-every=2500", "--device=cpu", "--precision=fp32"])[0]
+    assert (longer.total_timesteps, longer.checkpoint_every, longer.device, longer.precision) == (500_000, 2500, "cpu", "fp32")
+    for flags, named in ((["--batch-size=7"], "--batch-size: "), (["--env=hammer"], "--env: "), (["--gamma=0.99", "--num-envs=3"], "--num-envs: ")):
+        with pytest.raises(envs.UserError, match=named):
+            rl.read_args([resume, *flags])
+
+    auto = "--resume=auto"
+    assert rl.read_args([*typed, auto]) == (replace(own, resume="auto"), folder)
+    assert rl.read_args([*typed, auto, "--precision=bf16"])[1] == folder
+    assert rl.read_args([*typed, auto, "--precision=fp32"])[1] is None
+    assert rl.read_args([*typed, auto, "--seed=2"])[1] is None
+
+    agent = str(next((ROOT / "results/agents").glob("*.pt")))
+    args, nobody = rl.read_args(["--evaluate", agent, "--seed=7", "--eval-episodes=2"])
+    assert nobody is None and (args.env, args.augmentation, args.seed, args.eval_episodes) == ("cartpole_swingup", "mix", 7, 2)
+    with pytest.raises(envs.UserError, match=r"--masker: .* has its own, student"):
+        rl.read_args(["--evaluate", agent, "--masker=none"])
+    content = envs.load_tensors(Path(agent))
+    envs.save_tensors(tmp_path / "elsewhere.pt", content | {"args": content["args"] | {"track": True, "device": "cuda", "cudagraphs": True}})
+    elsewhere = rl.read_args(["--evaluate=elsewhere.pt"])[0]  # nothing of which an evaluation on this machine needs
+    assert (elsewhere.track, elsewhere.device, elsewhere.cudagraphs) == (False, "cpu", False)
+    (folder / "args.json").write_text(json.dumps(asdict(args)))
+    with pytest.raises(envs.UserError, match="the folder of an evaluation"):
+        rl.read_args([resume])
+
+
+NUMBERS = [
+    (script, field.name)
+    for script in (RL, PHASE1, PHASE2)
+    for field in fields(importlib.import_module(script).Args)
+    if re.search("int|float", str(field.type))
+]
+
+
+@pytest.mark.parametrize(("script", "name"), NUMBERS)
+def test_numbers_that_make_no_sense(script, name):
+    """Of each numeric flag: less than nothing, endless, not a number, beyond what anything could hold. One line that names the flag, at once."""
+    module, flag = importlib.import_module(script), f"--{name.replace('_', '-')}"
+    for value in ("-1", "-1e-9", "nan", "inf", "1e30", "10000000000000000000000", "1,5", "½", ""):
+        try:
+            args = tyro.cli(module.Args, args=["--env=walker_walk", f"{flag}={value}"], console_outputs=False)
+        except SystemExit as parsed:
+            assert parsed.code == 2, "tyro's own answer"
+            continue
+        with pytest.raises(envs.UserError) as error:
+            module.main(args)
+        assert str(error.value).startswith(f"{flag} ")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
+def test_help_explains_every_flag(script, tmp_path):
+    out = run(script, "--help", cwd=tmp_path)
+    source = (ROOT / f"{script}.py").read_text()
+    for field in fields(importlib.import_module(script).Args):
+        assert f"--{field.name.replace('_', '-')}" in out, field.name
+        line, below = re.search(rf"\n    ({field.name}: .*)\n(.*)", source).groups()  # documented beside the field, or in a string below it
+        said = line.split("  # ")[1] if "  # " in line else re.match(r' {4}"""(.+)"""', below)[1]
+        assert " ".join(said.split()[:3]).lower() in " ".join(out.replace("│", " ").split()).lower(), f"{field.name} is not documented"

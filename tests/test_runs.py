@@ -1,0 +1,313 @@
+"""Runs of the agent: what ends them, what they survive, how they are evaluated, and many at once."""
+
+import csv
+import ctypes
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from commands import PHASE1, RL, ROOT, SMALL, children, finish, is_running, metrics, only, returns, run, start, wait_for
+from torch.utils.tensorboard import SummaryWriter
+
+import envs
+import talas_asymmetric_sac as rl
+import talas_phase1 as phase1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_ctrl_c_in_the_middle_of_the_loop(tmp_path):
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--checkpoint-every=20"]
+    args += ["--total-timesteps=5000"]
+    process = start(RL, *SMALL[1:], "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path)
+    wait_for(process, tmp_path, "runs/*/resume/0*20.state.pt")
+    workers = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    out, err = finish(process, 130, timeout=20)
+    assert f"stopped; to go on: python {ROOT}/{RL}.py --resume runs/" in out and "Traceback" not in err
+    time.sleep(1)
+    assert workers and not [pid for pid in workers if is_running(pid)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what ends a process")
+def test_a_vector_environment_leaves_the_process_that_makes_it_as_it_was():
+    """Gymnasium makes one environment there as well: a worker's one thread, deaf ear to Ctrl-C and end with its parent are not for it."""
+
+    def state() -> tuple:
+        signal_at_parents_end = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_parents_end))  # PR_GET_PDEATHSIG
+        return torch.get_num_threads(), signal.getsignal(signal.SIGINT), signal_at_parents_end.value
+
+    threads, handler = torch.get_num_threads(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's ignores it
+    torch.set_num_threads(2)
+    before = state()
+    gym.vector.AsyncVectorEnv([partial(envs.make_env_in_worker, "cartpole_swingup")], context="spawn").close()
+    assert state() == before == (2, signal.default_int_handler, 0)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """A run of 60 steps in this process, which evaluates nothing: a function of other flags."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rl, "evaluate", lambda *_: {})
+    rl.saving.__wrapped__.__defaults__[0].clear()  # what was said before, by another run
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings=train", "--action-repeat=50", "--checkpoint-every=20"]
+    args = ["--env=cartpole_swingup", *SMALL, *args, "--total-timesteps=60", "--learning-starts=42"]
+    return lambda *other: rl.main(*rl.read_args([*args, *other]))
+
+
+@pytest.mark.parametrize(("what", "holds"), [("a loss", "obs"), ("an action", "pixels"), ("a reward or an observation", "rewards")])
+def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, short, what, holds):
+    act, step_wait, steps = rl.Agent.act, gym.vector.AsyncVectorEnv.step_wait, []
+
+    def wait(self, timeout):
+        obs, rewards, *rest = step_wait(self, timeout)
+        steps.append(rewards)
+        return obs, rewards * (np.nan if len(steps) == 45 else 1), *rest
+
+    if what == "an action":
+        monkeypatch.setattr(rl.Agent, "act", lambda self, *seen, mean: act(self, *seen, mean=mean) * np.nan)
+    if "reward" in what:
+        monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step_wait", wait)
+    with pytest.raises(envs.UserError, match=f"step 4[2-5]: {what} is infinite or not a number"):
+        short(*(["--critic-lr=1e9"] if what == "a loss" else []))
+    folder = only(tmp_path, "runs/*")
+    assert holds in envs.load_tensors(folder / "not_finite.pt")
+    state = envs.load_tensors(only(folder, "resume/0*40.state.pt"))
+    assert all(weight.isfinite().all() for weight in state["agent"].values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops a process as Linux does")
+def test_a_worker_that_hangs_twice_ends_the_run_and_it_goes_on_later(tmp_path, monkeypatch, capsys, short):
+    """After five minutes each, or here two seconds. The first time once more, the second time the end; what it takes to go on is there."""
+    add_step, calls = rl.Replay.add_step, []
+
+    def stop(*args):
+        add_step(*args)
+        calls.append(args)
+        if len(calls) in (45, 50):  # step 45, and from 40 on step 45 again
+            monkeypatch.setattr(rl, "PATIENCE", 2)
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGSTOP)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl.Replay, "add_step", stop)
+        with pytest.raises(envs.UserError, match=r"^TimeoutError: .*; when that is mended, to go on: .* --resume runs/"):
+            short()
+    out, err = capsys.readouterr()
+    assert "once more, from the last checkpoint" in out and out.count("going on from step 40") == 1 and err.count("Traceback") == 2
+    for process in multiprocessing.active_children():
+        process.join(10)  # killed, stopped or not
+    assert not multiprocessing.active_children()
+    folder = only(tmp_path, "runs/*")
+    monkeypatch.setattr(rl, "PATIENCE", 60)
+    with pytest.raises(envs.UserError, match=r"--total-timesteps 39: .* has made 40 steps already"):
+        rl.main(*rl.read_args([f"--resume={folder}", "--total-timesteps=39"]))
+    (folder / "returns.csv").write_text("")  # shorter than it was at the checkpoint
+    rl.main(*rl.read_args([f"--resume={folder}"]))
+    assert [row["step"] for row in returns(folder)] == ["60"] and metrics(folder)["train/updates"] == 18
+
+
+def test_media_that_are_gone_cost_an_evaluation_and_not_the_run(tmp_path, monkeypatch, capsys, short):
+    """But the one at its end, which can be made up for."""
+
+    def gone(*_):
+        raise envs.UserError("--distractors media: no such folder")
+
+    monkeypatch.setattr(rl, "evaluate", gone)
+    with pytest.raises(envs.UserError, match=r"--distractors media: no such folder; when that is mended, to go on: .* --resume runs/"):
+        short("--eval-every=20")
+    assert capsys.readouterr().err.count("warning: an evaluation cannot be written (--distractors media: no such folder); going on") == 1
+    monkeypatch.setattr(rl, "evaluate", lambda *_: {"eval/train/return_mean": 1.0})
+    folder = only(tmp_path, "runs/*")
+    rl.main(*rl.read_args([f"--resume={folder}"]))
+    assert metrics(folder)["eval/train/return_mean"] == 1.0 and len(returns(folder)) == 3
+
+
+def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
+    """Files of at most 1 MB: tables fit, checkpoints do not. It is said once, nothing lies half written, and the error at the end is a line."""
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "--total-timesteps=60"]
+    args += ["--checkpoint-every=20", "--eval-every=20", "--hidden-dim=128"]
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+    command = [sys.executable, str(ROOT / f"{RL}.py"), *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    for what in ("an evaluation", "a checkpoint to resume from"):
+        assert done.stderr.count(f"warning: {what} cannot be written") == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "no checkpoint to go on from, start the same again" in done.stderr.splitlines()[-1]
+    folder = only(tmp_path, "runs/*")
+    assert [row["step"] for row in returns(folder)] == ["20", "40", "60"]
+    assert not list(folder.rglob("*.state.pt")) and not list(folder.glob("*.pt")) and not list(folder.rglob(".*"))
+
+
+def test_a_replay_that_cannot_be_had(tmp_path):
+    """In an address space of 30 GB, which holds the scripts' libraries and not 28 TB of frames: a line, before any run folder."""
+    args = ["--env=cartpole_swingup", "--masker=none", "--device=cpu", "--total-timesteps=1000000000", "--replay-size=1000000000"]
+    limit = partial(resource.setrlimit, resource.RLIMIT_AS, (30 * 10**9, 30 * 10**9))
+    command = [sys.executable, str(ROOT / f"{RL}.py"), *SMALL, *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, preexec_fn=limit)
+    assert done.returncode == 1 and "too much; give a smaller --replay-size" in done.stdout
+    assert done.stderr == "error: --replay-size 1,000,000,000: 28268.0 GB cannot be had on cpu; give a smaller one\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread ends
+def test_curves_that_cannot_be_written_cost_only_themselves(tmp_path, monkeypatch, capsys, short):
+    """TensorBoard opens its file by name for every write; a folder of that name stands for a disk that does not take it."""
+
+    def writer(folder: Path, **kwargs) -> SummaryWriter:
+        made = SummaryWriter(folder, **kwargs)
+        events = only(folder, "events*")
+        events.unlink()
+        events.mkdir()
+        return made
+
+    monkeypatch.setattr(rl, "SummaryWriter", writer)
+    monkeypatch.setattr(rl, "evaluate", lambda *_: {"eval/train/return_mean": 1.0})
+    short()
+    assert capsys.readouterr().err.count("warning: TensorBoard's curves cannot be written") == 1
+    folder = only(tmp_path, "runs/*")
+    assert metrics(folder)["train/updates"] == 18 and "eval/train/return_mean" in (folder / "evaluations.csv").read_text()
+
+
+def test_several_environments_in_the_textbooks_order(tmp_path, short):
+    """Whole steps of all of them, an update per agent step, and every environment's episodes in the table."""
+    short("--total-timesteps=41", "--num-envs=2", "--no-overlap")
+    folder = only(tmp_path, "runs/*")
+    figures, rows = metrics(folder), returns(folder)
+    assert (figures["train/steps"], figures["train/updates"]) == (42, 42 - 33)
+    assert [(row["step"], row["env"], row["length"]) for row in rows] == [("40", "0", "20"), ("40", "1", "20")]
+    assert rows[0]["return"] != rows[1]["return"]
+
+
+def test_without_masker(tmp_path):
+    """SAC with random shift: no masker is made, nothing is masked."""
+    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "procedural", "--precision=fp32"]
+    run(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, "--overlay=nowhere", cwd=tmp_path)  # clean views look at no photograph
+    folder = only(tmp_path, "runs/*")
+    assert folder.name.startswith("cartpole_swingup__talas__1__")
+    figures = metrics(folder)
+    assert figures["train/updates"] == 8
+    assert {"eval/train/return_mean", "eval/procedural/return_mean"} <= figures.keys()
+    assert not [key for key in figures if "video" in key or "iou" in key]
+    film = np.stack([np.asarray(frame) for frame in imageio.get_reader(folder / "train.mp4")])
+    assert film[:, :, 340:668].min() > 250  # the mask is white
+
+
+def test_without_any_masker_both_phases_are_run(tmp_path):
+    """From the first, with the flags that concern them; if that fails, no second."""
+    args = ["--env=cartpole_swingup", "--overlay=nowhere", "--distractors=.", "--eval-settings", "train"]
+    out, err = finish(start(RL, *SMALL, *args, cwd=tmp_path), 1)
+    assert "$ python talas_phase1.py --env=cartpole_swingup --overlay=nowhere --overlay-images=20 --device=auto --distractors=.\n" in out
+    assert "nowhere: no such folder" in err and "talas_phase1.py failed" in err and "talas_phase2.py" not in out + err
+
+
+def test_media_with_some_settings_only(tmp_path):
+    """Phase I reports on the video settings that are there."""
+    (tmp_path / "media").mkdir()
+    args = ["--env=cartpole_swingup", "--frames=4", "--test-frames=4", "--steps=1", "--overlay-images=20", "--distractors=media"]
+    run(PHASE1, *args, cwd=tmp_path)
+    assert not [key for key in metrics(only(tmp_path, "runs/*__phase1__*")) if "video" in key]
+
+
+def test_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
+    """Two processes collect what one does, clip by clip, and in the same order."""
+    monkeypatch.setattr(phase1, "CLIP", 3)
+    args, counts = phase1.Args(env="cartpole_swingup", seed=3), {"spread": 5, "random": 4}
+    pools = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"), initializer=envs.start_worker)
+    with pools(1) as one, pools(2) as two:
+        a, b = (phase1.collect(args, "the cart and the pole", counts, ("procedural",), pool) for pool in (one, two))
+    assert a.keys() == b.keys() == {"clean", "masks", "procedural"}
+    assert a["clean"].shape == (9, 3, 84, 84) and a["masks"].shape == (9, 84, 84)
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+    assert len({frame.tobytes() for frame in a["clean"]}) == 9
+    assert (a["procedural"] != a["clean"]).any(1)[~a["masks"]].mean() > 0.5
+
+
+@pytest.fixture
+def one_thread():
+    """As a worker has: two add up in another order, and over an episode the last bits grow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_evaluation_plays_every_episode_once(tmp_path, one_thread):
+    """In processes, what a loop over the episodes comes to, with masks made a frame at a time; a success rate where there is one to tell."""
+    args = rl.Args(env="hammer", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32")
+    torch.manual_seed(1)
+    agent = rl.Agent(args, 9, 24, 26, rl.Masker(), None)
+    rl.save_agent(tmp_path / "checkpoint.pt", agent, 0, "the hand")
+    figures = rl.evaluate(tmp_path / "checkpoint.pt", args, ("train", "procedural"), 3, None)
+    for setting in ("train", "procedural"):
+        env, totals, ious = envs.make_env("hammer", setting, args.seed + 10_000, action_repeat=20), [], []
+        for episode in range(3):
+            (obs, _), done, step = env.reset(options={"episode": episode}), False, 0
+            totals.append(0.0)
+            while not done:
+                pixels, proprio = torch.from_numpy(obs["pixels"])[None], torch.from_numpy(obs["proprio"])[None]
+                with torch.no_grad():
+                    mask = torch.cat([agent.masker(frame).sigmoid() for frame in pixels.float().split(3, 1)])[None]
+                if step % 5 == 0:
+                    ious.append(envs.mask_iou(mask[0, -1:].numpy() > 0.5, env.segment("the hand")[None])[0])
+                obs, reward, _, done, _ = env.step(agent.act(pixels, (mask * 255).round().byte(), proprio, mean=True)[0])
+                totals[-1] += reward
+                step += 1
+        env.close()
+        assert figures[f"eval/{setting}/return_mean"] == pytest.approx(np.mean(totals), rel=1e-3)
+        assert figures[f"eval/{setting}/return_std"] == pytest.approx(np.std(totals), rel=1e-2)
+        assert figures[f"eval/{setting}/episodes"] == 3 and figures[f"eval/{setting}/success_rate"] == 0
+        assert figures[f"iou/{'clean' if setting == 'train' else setting}"] == pytest.approx(np.mean(ious), abs=2e-3)
+
+
+def test_success_is_an_episodes(tmp_path):
+    """Of an agent that finds its nail in: more than 25 control steps make a success, 20 do not. The flags reach the environment."""
+    args = rl.Args(env="hammer", reward="sparse", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32", masker="none")
+    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 24, 26, None, None), 0, None)
+    env = rl.make_env_once("hammer", "train", args.seed + 10_000, **rl.env_options(args))  # the one that it will play in
+    env.task.env.init_qpos[-7] = 0.09
+    for steps in (1, 2):
+        env.episode_steps = steps
+        total, success, *_ = rl.play(tmp_path / "checkpoint.pt", args, ("train", 0))
+        assert total == pytest.approx(200 * steps) and success == (steps == 2)  # a sparse reward of 10 at each control step
+    rl.make_env_once.cache_clear()
+    env.close()
+
+
+def test_train_all_runs_what_is_not_finished(tmp_path):
+    """One table of all runs' figures; a second call runs nothing again; a run that fails is named."""
+    flags = " ".join([*SMALL, "--action-repeat=50", "--eval-settings train"])
+    args = ["--envs", "cartpole_swingup", "--variants", "sac", "--output=table.csv", f"--flags={flags}"]
+    run("benchmarks/train_all", *args, cwd=tmp_path)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = metrics(only(tmp_path, "runs/cartpole_swingup__sac__1__*"))
+    assert {row["figure"]: float(row["value"]) for row in rows} == pytest.approx(expected, rel=1e-3)
+    assert {(row["env"], row["variant"], row["seed"]) for row in rows} == {("cartpole_swingup", "sac", "1")}
+    before = (tmp_path / "table.csv").read_text()
+    out, err = finish(start("benchmarks/train_all", *args, "--seeds", "1", "-1", cwd=tmp_path), 1)
+    assert "cartpole_swingup__sac__1: finished before" in out and "1 runs, 1 at a time\n" in out
+    assert "1 of 2 runs failed: cartpole_swingup__sac__-1" in err and "Traceback" not in err
+    only(tmp_path, "runs/cartpole_swingup__sac__1__*")
+    _, err = finish(start("benchmarks/train_all", *args, "--name=other_", "--memory=0.1", cwd=tmp_path), 1)
+    assert err.startswith("error: one run is expected to take ") and "of 0.1" in err
+    _, err = finish(start("benchmarks/train_all", *args, "--name=other_", "--seeds", "-1", cwd=tmp_path), 1)  # another sweep leaves this one's rows
+    assert "cartpole_swingup__other_sac__-1" in err and (tmp_path / "table.csv").read_text() == before
