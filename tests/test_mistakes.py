@@ -30,6 +30,9 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--cudagraphs", "--device=cpu"], "needs a CUDA GPU"),
     (RL, ["--evaluate=nowhere.pt"], "nowhere.pt: not a checkpoint of this script (FileNotFoundError"),
     (RL, ["--resume=nowhere"], "nowhere: not the folder of a run"),
+    (RL, ["--resume="], "not the folder of a run"),  # as of an empty variable of a shell
+    (RL, ["--evaluate="], "not a checkpoint of this script"),
+    (RL, [*NO_MASKER, "--exp-name=../elsewhere"], "has no /"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
     (PHASE1, ["--env=walker_walk", "--seed=-1"], "seed -1: has to be a number from 0 to"),
