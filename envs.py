@@ -61,8 +61,10 @@ class UserError(ValueError):
     """Something that the person at the keyboard can mend. The scripts print it as one line and exit with 1."""
 
 
-def check_numbers(args: Any, **least: float) -> None:
-    """Raises UserError for a flag whose number makes no sense: by default, whole ones are at least 1 and others at least 0. None is a default."""
+def check_flags(args: Any, **least: float) -> None:
+    """Raises UserError for a number that makes no sense (by default, whole ones are at least 1, others at least 0), or an --exp-name with a /."""
+    if Path(args.exp_name).name != args.exp_name:
+        raise UserError(f"--exp-name {args.exp_name!r}: is a part of a folder's name, so it has no /")
     for name, value in vars(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             low = least.get(name, 0 if name == "seed" or isinstance(value, float) else 1)
@@ -553,7 +555,8 @@ class TalasEnv(gym.Env):
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
-    EPISODE_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_size", "site_pos", "site_quat", "site_size", "site_rgba", "light_pos")  # get_state's
+    # what get_state takes along
+    EPISODE_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_size", "site_pos", "site_quat", "site_size", "site_rgba", "light_pos", "hfield_data")
 
     def __init__(
         self,
@@ -614,8 +617,6 @@ class TalasEnv(gym.Env):
         self._episode = int((options or {}).get("episode", self._episode + 1))
         self._step, self._held = 0, 0
         self.task.reset(np.random.default_rng([self.base_seed, self._episode]))
-        if self.model.nhfield:
-            self.close()  # quadruped_escape's new terrain: the next renderer takes it along
         rng = np.random.default_rng([self.base_seed, self._episode, 1])  # of the look: one palette of the hundred, the procedural video
         if self.setting.startswith("color"):
             self.task.recolour(self._palettes[rng.integers(len(self._palettes))])
@@ -659,6 +660,9 @@ class TalasEnv(gym.Env):
                 raise UserError(f"MUJOCO_GL={gl} cannot render ({error}): unset it; on Debian or Ubuntu apt-get install libegl1 libgl1") from None
             self._close = weakref.finalize(self, close_renderer, self._renderer)  # once: by close(), with the environment, or at the exit
             atexit.register(self._close)  # last in, first out: after this renderer's start, so before EGL's own end
+        if self.model.nhfield:  # quadruped_escape's terrain is another in every episode
+            self._renderer._gl_context.make_current()
+            mujoco.mjr_uploadHField(self.model, self._renderer._mjr_context, 0)
         # Twice for an infinite plane (the A1's), which MuJoCo lays out around the camera of the update before: a frame would depend on history.
         for _ in range(2 if self.row.loader == "unitree" else 1):
             self._renderer.update_scene(self.data, self.row.camera, option)
@@ -720,7 +724,7 @@ class TalasEnv(gym.Env):
         return self.render()
 
     def get_state(self) -> list[np.ndarray]:
-        """What decides how the scene looks: MuJoCo's integration state, and what episodes change in the model (but quadruped_escape's terrain)."""
+        """What decides how the scene looks: MuJoCo's integration state, and what episodes change in the model."""
         state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
         return [state, *(getattr(self.model, name).copy() for name in self.EPISODE_FIELDS)]

@@ -154,8 +154,8 @@ class Masker(nn.Module):
         return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
 
 
-def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, str]:
-    """The frozen student or teacher, and its prompt. Without --masker-path, a missing one is made first, by Phases I and II."""
+def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, dict[str, str]]:
+    """The frozen student or teacher; its prompt and segmenter. Without --masker-path, a missing one is made first, by Phases I and II."""
     folder = Path(args.masker_path or f"runs/maskers/{args.env}")
     path = folder / f"{which}.pt"
     if not args.masker_path and not path.is_file():
@@ -182,12 +182,13 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, s
         checkpoint = envs.load_tensors(path)
         masker = Masker()
         masker.load_state_dict(checkpoint["state_dict"])
-        made_for, size, prompt = checkpoint["env_id"], checkpoint["image_size"], checkpoint["prompt"]
+        made_for, size = checkpoint["env_id"], checkpoint["image_size"]
+        about = {"prompt": checkpoint["prompt"], "segmenter": checkpoint.get("segmenter", "sim")}
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"{path}: not a masker ({envs.brief(error)})") from None
     if made_for != args.env or size != 84:
         raise UserError(f"{path} was made for {made_for} at {size} pixels, not for {args.env} at 84")
-    return masker.requires_grad_(False).to(device, memory_format=torch.channels_last), prompt
+    return masker.requires_grad_(False).to(device, memory_format=torch.channels_last), about
 
 
 def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
@@ -504,14 +505,13 @@ def free_memory(device: torch.device) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
-def save_agent(path: Path, agent: Agent, step: int, prompt: str | None) -> None:
-    """What --evaluate takes: the agent, with its masker and its arguments."""
-    content = {"args": asdict(agent.args), "spaces": agent.spaces, "step": step, "prompt": prompt, "weights": agent.state_dict()}
-    envs.save_tensors(path, content)
+def save_agent(path: Path, agent: Agent, step: int, about: dict[str, str | None]) -> None:
+    """What --evaluate takes: the agent, with its masker, what that is about, and its arguments."""
+    envs.save_tensors(path, {"args": asdict(agent.args), "spaces": agent.spaces, "step": step, "weights": agent.state_dict(), **about})
 
 
 def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
-    """The agent, on the CPU, in its own or another precision, and the rest: args, step, prompt."""
+    """The agent, on the CPU, in its own or another precision, and the rest: args, step, prompt, segmenter."""
     try:
         checkpoint = envs.load_tensors(path)
         checkpoint["args"] = args = Args(**checkpoint["args"] | ({"precision": precision} if precision else {}))
@@ -725,7 +725,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     needed = [] if args.masker == "none" else list(dict.fromkeys((args.masker, clean)))
     own = replace(args, masker_path=str(kept)) if needed and (kept / f"{needed[0]}.pt").is_file() else args  # a resumed run has copies
     found = {which: find_masker(own, which, device) for which in needed}
-    masker, prompt = found.get(args.masker, (None, None))
+    masker, about = found.get(args.masker, (None, {"prompt": None, "segmenter": None}))
     clean_masker = found.get(clean, (None,))[0]
     both = "both" in (args.critic_views, args.actor_views)
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if both else None
@@ -773,7 +773,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     def report(folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
         check_weights()
-        save_agent(run / "checkpoint.pt", agent, progress.step, prompt)
+        save_agent(run / "checkpoint.pt", agent, progress.step, about)
         try:
             figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
         except UserError as error:  # media that are gone: like a disk
@@ -920,9 +920,7 @@ def main(args: Args, run: Path | None = None) -> None:
         return print(f"{run} came to its end before; nothing to do")
     if args.masker == "none" and (args.clean_masker or args.augmentation in ("swap", "mix")):
         raise UserError("--masker none: --clean-masker and --augmentation swap or mix need a --masker")
-    if Path(args.exp_name).name != args.exp_name:
-        raise UserError(f"--exp-name {args.exp_name!r}: is a part of a folder's name, so it has no /")
-    envs.check_numbers(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
+    envs.check_flags(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
     if args.replay_size < 100 * args.num_envs:
         raise UserError(f"--replay-size {args.replay_size}: has to be at least 100 per environment")
     if args.track and not importlib.util.find_spec("wandb"):

@@ -14,6 +14,7 @@ Anything. `masks` reads what any other tool made of frames that --export-frames 
 Whoever made them, they lie as <phrase>.../<sequence>/<number>.png, a binary image for each frame: the interface, and the cache.
 """
 
+import contextlib
 import fnmatch
 import functools
 import multiprocessing
@@ -251,7 +252,7 @@ def visit_states(env: TalasEnv, kind: Kind, count: int, rng: np.random.Generator
                     place(env, "spread", rng)
                 else:
                     task.reset(rng)
-                    steps = int(rng.integers(1, env.episode_steps // 2)) if kind == "sequence" else 1
+                    steps = int(rng.integers(1, min(env.episode_steps // 2, env.episode_steps - count + 2))) if kind == "sequence" else 1
                 action, held = rng.uniform(-1, 1, env.model.nu), rng.choice([0.0, 0.8, 0.95])  # fresh noise, or pushes that get somewhere
             if kind == "random":  # neighbouring steps look alike, and physics is cheap beside rendering
                 steps = rng.integers(1, 5)
@@ -441,7 +442,9 @@ def masks_by_phrase(args: Args, prompt: str, device: torch.device, pool: Process
     folders = [Path(folder) for folder in args.masks] or run_sam(args, envs.parse_prompt(prompt), device, pool)
     parts: dict[str, np.ndarray] = {}
     for folder in folders:  # of one name, as by two tools: united
-        name = " ".join(envs.parse_prompt(folder.resolve().name.split("__")[0].replace("_", " ")))
+        name = folder.resolve().name.split("__")[0].replace("_", " ")
+        with contextlib.suppress(UserError):  # of a folder called "a", which names nothing
+            name = " ".join(envs.parse_prompt(name))
         parts[name] = parts.get(name, False) | read_masks(args, folder, size)
     found = np.any(list(parts.values()), axis=0).any((1, 2))
     if found.mean() < 0.5:
@@ -495,7 +498,7 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, b
 def main(args: Args) -> None:
     args.env = envs.resolve_env_id(args.env)
     prompt = args.prompt or envs.task_row(args.env).prompt
-    envs.check_numbers(args, frames=2, test_frames=4, overlay_images=10)
+    envs.check_flags(args, frames=2, test_frames=4, overlay_images=10)
     device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
     args.distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
     if args.distractors and not Path(args.distractors).is_dir():
@@ -505,6 +508,8 @@ def main(args: Args) -> None:
     args.sequence_length = args.sequence_length or (1 if args.segmenter == "sam" and not args.export_frames else 16)
     env = make_env(args.env, "train", args.seed)
     env.reset()
+    if args.sequence_length > env.episode_steps:
+        raise UserError(f"--sequence-length {args.sequence_length}: an episode of {args.env} has {env.episode_steps} steps")
     if args.segmenter == "sim":
         env.segment(prompt)  # a phrase that the simulator does not know is an error before anything is written
     elif (yardstick := env.nameable(prompt)) != prompt:
@@ -526,6 +531,7 @@ def main(args: Args) -> None:
 
 def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.device, bf16: bool, pool: ProcessPoolExecutor) -> None:
     """Collect frames, train the teacher on the segmenter's masks of them (parts; if none, the simulator's), report, and write it all."""
+    torch.manual_seed(args.seed)  # anew: the segmenters' models, if they were built and not only their masks read, have drawn from it
     started, output = time.time(), Path(args.output or f"runs/maskers/{args.env}")
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "test")  # Phase II trains on the others

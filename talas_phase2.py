@@ -14,7 +14,6 @@ strongly augmented frames τ(o) and must give the teacher's mask of the clean fr
 import os
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -141,7 +140,7 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, b
 def main(args: Args) -> None:
     started = time.time()
     args.env = envs.resolve_env_id(args.env)
-    envs.check_numbers(args, shift=0, overlay_images=10)
+    envs.check_flags(args, shift=0, overlay_images=10)
     args.steps = args.steps or envs.task_row(args.env).student_steps
     if args.learning_rate is None:
         args.learning_rate = 1e-2 if args.steps <= 5000 else 4e-3
@@ -153,8 +152,8 @@ def main(args: Args) -> None:
         with np.load(folder / "frames.npz", allow_pickle=False) as archive:
             frames, tests = archive["train_frames"], {key[5:]: archive[key] for key in archive.files if key.startswith("test_")}
         tests["clean"], tests["masks"]  # a KeyError now rather than after the training
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{folder}/frames.npz: cannot be read ({error}); run Phase I again") from None
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"{folder}/frames.npz: cannot be read ({envs.brief(error)}); run Phase I again") from None
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "train").to(device)  # Phase I kept the others for its overlay test
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     run.mkdir(parents=True, exist_ok=True)

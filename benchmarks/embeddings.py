@@ -72,6 +72,9 @@ def main(args: Args) -> None:
     run = with_media(run, args.distractors, (args.setting,))
     moments = visit(agents[0][0], run, args.states)
     env = envs.make_env(run.env, args.setting, run.seed, **talas.env_options(run))
+    different = 1 if args.setting == "train" else len(env._videos) if args.setting.startswith("video") else args.backgrounds
+    if args.backgrounds > different:
+        raise envs.UserError(f"--backgrounds {args.backgrounds}: --setting {args.setting} has {different}")
     stacks = np.empty((args.states, args.backgrounds, *env.observation_space["pixels"].shape), np.uint8)
     for b in range(args.backgrounds):
         env.reset(options={"episode": b})
@@ -99,5 +102,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except envs.UserError as error:
+    except (envs.UserError, OSError) as error:
         sys.exit(f"error: {error}")

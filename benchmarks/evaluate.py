@@ -35,10 +35,10 @@ class Args:
     """checkpoint.pt of runs"""
     episodes: int = 10  # per setting: 100 for a headline figure
     settings: tuple[envs.Setting, ...] | None = None  # by default train, video_easy, video_hard; without media train, procedural
-    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS
+    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS; by default the run's own
     machine: str | None = None  # where the agents were trained; by default this machine
     commit: str = ""  # with which code
-    segmenter: str = "sim"  # whose masks the maskers learned from: sim's are privileged
+    segmenter: str | None = None  # whose masks the maskers learned from (sim's are privileged); by default what the agent's file says
     output: str = "results"
     """writes <output>/runs.csv, a row per agent, and <output>/evaluations.csv, a row per episode; rows of the same run are replaced"""
     export: str | None = None  # a folder for the agents alone: masker, encoder and actor in half precision
@@ -118,7 +118,8 @@ def export(path: Path, folder: Path) -> None:
 
 
 def main(args: Args) -> None:
-    settings, output = tuple(dict.fromkeys(talas.settings_of(args.settings, args.distractors))), Path(args.output)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)  # an error now rather than after the episodes
     if args.episodes < 1 or not args.checkpoints:
         raise envs.UserError("nothing to evaluate: --checkpoints and --episodes have to be at least one")
     for name in args.checkpoints:
@@ -129,8 +130,9 @@ def main(args: Args) -> None:
         for row in read(output / "runs.csv"):
             if row["run"] == label and row["command"] != command(run):
                 raise envs.UserError(
-                    f"{output}/runs.csv has another agent called {label}, {row['command']!r}: give runs an --exp-name of their own, or --output"
+                    f"{output}/runs.csv has a {label} of other flags, {row['command']!r}: give runs an --exp-name of their own, or another --output"
                 )
+        settings = tuple(dict.fromkeys(talas.settings_of(args.settings, args.distractors or run.distractors)))
         played_as = with_media(run, args.distractors, settings)
         jobs = [(setting, episode) for setting in settings for episode in range(args.episodes)]
         played = list(tqdm(talas.play_all(path, played_as, jobs), path.parent.name, len(jobs), unit="episode"))
@@ -149,9 +151,9 @@ def main(args: Args) -> None:
         if metrics.is_file():
             seconds = json.loads(metrics.read_text()).get("train/seconds", "")
         else:  # a run that was stopped, or is not over
-            seconds = episodes[-1]["seconds"] if episodes else ""
+            seconds = ([row["seconds"] for row in episodes if int(row["step"]) <= checkpoint["step"]] or [""])[-1]
         about = {"run": label, "env": run.env, "method": method(run), "seed": run.seed, "agent_steps": checkpoint["step"]}
-        segmenter = "none" if run.masker == "none" else args.segmenter
+        segmenter = "none" if run.masker == "none" else args.segmenter or checkpoint.get("segmenter", "sim")
         about |= {"action_repeat": run.action_repeat or envs.task_row(run.env).repeat, "segmenter": segmenter, "precision": run.precision}
         about |= {"machine": args.machine or machine(), "commit": args.commit, "seconds": seconds, "command": command(run)}
         skipped = {setting: episode[-1] for (setting, _), episode in zip(jobs, played, strict=True)}  # another set of videos than others were shown
@@ -165,7 +167,7 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except envs.UserError as error:
+    except (envs.UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         for process in multiprocessing.active_children():  # they would play their episodes to the end

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.curves import draw, plt
 from benchmarks.evaluate import read
 from benchmarks.tables import METHODS
-from envs import UserError
+from envs import UserError, task_row
 
 
 @dataclass
@@ -40,7 +40,8 @@ def bars(results: Path) -> None:
             returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
             if returns:
                 ours[METHODS[run["method"]], int(run["agent_steps"]), run["action_repeat"], run["segmenter"]].append((np.mean(returns), run["seed"]))
-        for (method, steps, *_), runs_of in ours.items():
+        for (method, steps, repeat, segmenter), runs_of in ours.items():
+            method += f" ×{repeat}" * (int(repeat) != task_row(task).repeat) + f" ({segmenter})" * (segmenter not in ("sim", "none"))
             count = len({seed for _, seed in runs_of})
             seeds = f", {count} seeds" * (count > 1)
             shown.append((f"ours: {method}, {steps / 1000:g}k{seeds}", float(np.mean([mean for mean, _ in runs_of])), "tab:orange"))
@@ -94,5 +95,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -51,7 +51,7 @@ def main(args: Args) -> None:
         folder = Path(f"runs/maskers/{env_id}")
         if missing := [name for name in ("student.pt", "frames.npz") if not (folder / name).is_file()]:
             raise UserError(f"{folder}/{missing[0]}: not there; run talas_phase1.py and talas_phase2.py --env {env_id}")
-        masker = load_teacher(folder / "student.pt", env_id)[0]  # a student's file is like its teacher's
+        masker, checkpoint = load_teacher(folder / "student.pt", env_id)  # a student's file is like its teacher's
         with np.load(folder / "frames.npz", allow_pickle=False) as archive:
             n = len(archive["test_masks"])
             chosen, cells = [n // 8, 5 * n // 8, 7 * n // 8], []
@@ -65,7 +65,7 @@ def main(args: Args) -> None:
         figures = []
         for phase in ("phase1", "phase2"):
             arguments, metrics = newest_run(env_id, phase, folder)
-            common = {"steps": arguments["steps"], "seconds": f"{metrics['seconds']:.0f}"}
+            common = {"steps": arguments["steps"], "seconds": f"{metrics['seconds']:.0f}", "segmenter": checkpoint["segmenter"]}
             common |= {"commit": args.commit, "machine": args.machine or machine()}
             for key in (key for key in metrics if key.startswith("iou")):
                 row = {"env": env_id, "phase": phase, "seed": arguments["seed"], "figure": key, "value": f"{metrics[key]:.4f}"}
@@ -79,5 +79,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -30,7 +31,7 @@ class Args:
     prompts: tuple[str, ...] = ()  # by default the task's own
     detectors: tuple[str, ...] = ()  # names on the hub or local folders, for --segmenter sam
     box_thresholds: tuple[float, ...] = (0.3,)  # each detector is tried with each
-    sam_type: str = "vit_b"
+    sam_type: Literal["vit_b", "vit_l", "vit_h"] = "vit_b"
     sam_checkpoint: str | None = None
     masks: tuple[str, ...] = ()  # folders of other tools' masks
     frames: int = 64  # as many as were exported, with --masks
@@ -46,13 +47,16 @@ def main(args: Args) -> None:
     device, _ = envs.set_up_torch(args.device, args.seed, True)
     if not args.detectors and not args.masks:
         raise envs.UserError("nothing to compare: give --detectors and --sam-checkpoint, or --masks")
+    if args.prompts and not args.detectors:
+        raise envs.UserError("--prompts: are for --detectors; masks are of what they are of")
     if args.frames < 1 or (args.detectors and not args.box_thresholds):
         raise envs.UserError("nothing to compare on: --frames and --box-thresholds have to be at least one")
     own, length = envs.task_row(args.env).prompt, 16 if args.masks else 1
     common = {"env": args.env, "seed": args.seed, "segment_frames": args.frames, "segment_size": args.size, "sequence_length": length}
     common |= {"sam_type": args.sam_type, "sam_checkpoint": args.sam_checkpoint}
     rows: list[tuple[str, str, np.ndarray, float]] = []  # segmenter, prompt, masks (n, H, W), seconds per frame
-    with ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker) as pool:
+    pool = ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
+    try:
         first = phase1.Args(**common)
         names = phase1.sequence_names(first)
         seen = phase1.collect(first, own, {"sequence": len(names) * length}, (), pool)
@@ -62,6 +66,10 @@ def main(args: Args) -> None:
         large = Path(f"runs/segmented/{args.env}/frames__{args.size}")
         if args.detectors:
             phase1.export_frames(first, large, pool)
+    finally:
+        for process in multiprocessing.active_children():  # whatever they are in the middle of
+            process.kill()
+        pool.shutdown(cancel_futures=True)
     paths = [large / name / f"{i:05}.png" for name in names for i in range(length)]
     for detector in args.detectors:
         for threshold in args.box_thresholds:
@@ -95,5 +103,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except envs.UserError as error:
+    except (envs.UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -156,6 +156,8 @@ def time_sam() -> float:
 def main(args: Args) -> None:
     if args.loop_steps < 8 or args.repeats < 1:
         raise UserError("--loop-steps has to be at least 8, two updates of the slowest loop, and --repeats 1")
+    if not 0 < args.stored[0] < args.stored[1]:
+        raise UserError("--stored: is two numbers of steps, the smaller first")
     device, bf16 = set_up_torch(args.device, 0, True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores"
     photos = load_photographs(None, 1000, 0).to(device)
@@ -255,5 +257,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

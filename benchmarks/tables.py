@@ -15,7 +15,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import interval, read
-from envs import TASKS, UserError, task_row
+from envs import SETTINGS, TASKS, UserError, task_row
 
 BEGIN, END = "<!-- benchmarks/tables.py writes the {} from here -->", "<!-- to here -->"
 DMC = ("cartpole_swingup", "walker_walk", "walker_stand", "ball_in_cup_catch", "finger_spin", "cheetah_run")
@@ -96,12 +96,17 @@ def firsts(page: list[dict[str, str]]) -> str:
     return f"{len(won)} of {len([key for key in columns if key[0] in DMC])} ({', '.join(f'`{task}` {setting}' for task, setting in won)})"
 
 
+def played_in(episodes: list[dict[str, str]]) -> list[str]:
+    """The tables' settings: those that are always shown, and the colours, if any agent was evaluated in them."""
+    return [*SHOWN, *(setting for setting in SETTINGS if setting not in SHOWN and any(row["setting"] == setting for row in episodes))]
+
+
 def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[dict[str, str]]) -> str:
     """A row per agent: mean return, its 95% interval over episodes, their number, Adroit's success rate; the drops; the page's TaLaS and its best."""
     rows = []
     for run in sorted(runs, key=lambda run: (run["env"], -int(run["agent_steps"]), list(METHODS).index(run["method"]), int(run["seed"]))):
         cells, means = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"{int(run['agent_steps']):,} × {run['action_repeat']}"], {}
-        for setting in SHOWN:
+        for setting in played_in(episodes):
             played = [row for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)]
             returns, success = (np.array([float(row[key]) for row in played]) for key in ("return", "success"))
             cell = ""
@@ -117,7 +122,7 @@ def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[
             said = {row["method"]: float(row["mean_return"]) for row in page if (row["task"], row["setting"]) == (run["env"], setting)}
             cells.append(f"{said['TaLaS']:g} / {max(said.values()):g}" if said else "")
         rows.append(cells)
-    head = ["task", "method", "seed", "agent steps × repeat", "train", "procedural", "video_easy", "video_hard", "drop from train", "from easy"]
+    head = ["task", "method", "seed", "agent steps × repeat", *played_in(episodes), "drop from train", "from easy"]
     return table([*head, "page, easy: TaLaS / best", "page, hard: TaLaS / best"], rows)
 
 
@@ -126,20 +131,20 @@ def masks(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
     rows = []
     for run in runs:
         cells = []
-        for setting in SHOWN:
+        for setting in played_in(episodes):
             pairs = [(float(row["iou"]), float(row["iou_1px"])) for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)]
             iou, iou_1px = np.mean(pairs, 0) if pairs else (np.nan, np.nan)
             cells.append("" if np.isnan(iou) else f"{iou:.3f} ({iou_1px:.3f})")
         if any(cells):
             rows.append([f"`{run['env']}`", METHODS[run["method"]], run["seed"], *cells])
-    return table(["task", "method", "seed", *SHOWN], rows)
+    return table(["task", "method", "seed", *played_in(episodes)], rows)
 
 
 def sources(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
     """Where each agent comes from."""
     rows = []
     for run in runs:
-        counts = {setting: sum((row["run"], row["setting"]) == (run["run"], setting) for row in episodes) for setting in SHOWN}
+        counts = {setting: sum((row["run"], row["setting"]) == (run["run"], setting) for row in episodes) for setting in played_in(episodes)}
         played = ", ".join(f"{setting} {count}" for setting, count in counts.items() if count)
         played += f"; {skipped} videos that could not be decoded left out" if (skipped := int(run.get("videos_skipped") or 0)) else ""
         hours = f"{float(run['seconds']) / 3600:.1f} h" if run["seconds"] else ""
@@ -227,5 +232,5 @@ the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; th
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -68,6 +68,8 @@ def main(args: Args) -> None:
         raise UserError(f"unknown --variants {', '.join(unknown)}")
     if args.jobs < 1 or not (args.envs and args.seeds and args.variants):
         raise UserError("nothing to train: --envs, --seeds, --variants and --jobs have to be at least one")
+    if "/" in args.name:
+        raise UserError(f"--name {args.name!r}: is a part of a folder's name, so it has no /")
     args.envs = tuple(resolve_env_id(env_id) for env_id in args.envs)
     logs = Path("runs/train_all")
     logs.mkdir(parents=True, exist_ok=True)
@@ -76,26 +78,28 @@ def main(args: Args) -> None:
         own = [f"--env={env_id}", f"--seed={seed}", f"--exp-name={args.name}{variant}", "--resume=auto"]
         flags = own + shlex.split(VARIANTS[variant]) + shlex.split(args.flags)
         rows.append((env_id, variant, seed, flags, tyro.cli(talas.Args, args=flags)))
-    replay = max(min(run.replay_size, run.total_timesteps) for *_, run in rows) * 28.3e-6  # GB: a frame and its mask
-    gpu = torch.cuda.is_available() and not any(run.device == "cpu" for *_, run in rows)
+        name = f"{env_id}__{args.name}{variant}__{seed}"
+        if finished(rows[-1][-1]):
+            print(f"{name}: finished before")
+        else:
+            waiting.append((name, flags, rows[-1][-1]))
+    run = rows[-1][-1]  # --flags are every run's
+    replay = min(run.replay_size, run.total_timesteps) * 28.3e-6  # GB: a frame and its mask
+    gpu = torch.cuda.is_available() and run.device != "cpu"
     each = args.memory_per_run or 1.5 + 0.5 * min(cores(), 16) + (0 if gpu else replay)
     memory = args.memory or talas.free_memory(torch.device("cpu"))
-    fit = min(memory / each, talas.free_memory(torch.device("cuda")) / (replay + 3) if gpu else math.inf)  # 3 GB: networks, a batch, CUDA itself
-    if fit < 1:
+    room = talas.free_memory(torch.device("cuda" if run.device == "auto" else run.device)) if gpu else math.inf
+    fit = min(memory / each, room / (replay + 3))  # 3 GB: networks, a batch, CUDA itself
+    if waiting and fit < 1:
         raise UserError(
             f"one run is expected to take {each:.1f} GB of {memory:.1f}"
             + f", {replay + 3:.1f} of the GPU's" * gpu
             + "; give it a smaller --replay-size in --flags"
         )
 
-    for env_id, variant, seed, flags, run in rows:
+    for *_, run in waiting:
         for masker in {run.masker, run.clean_masker or run.masker} - {"none"}:
             talas.find_masker(run, masker, torch.device("cpu"))  # one after the other, with all cores; here only to have them
-        name = f"{env_id}__{args.name}{variant}__{seed}"
-        if finished(run):
-            print(f"{name}: finished before")
-        else:
-            waiting.append((name, flags))
 
     at_once = max(1, min(args.jobs, int(fit), len(waiting)))
     print(f"{len(waiting)} runs, {at_once} at a time" + f": more than {int(fit)} would not fit in memory, at {each:.1f} GB each" * (fit < args.jobs))
@@ -105,7 +109,7 @@ def main(args: Args) -> None:
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                name, flags = waiting.pop(0)
+                name, flags, _ = waiting.pop(0)
                 command = [sys.executable, str(ROOT / "talas_asymmetric_sac.py"), *flags]
                 with (logs / f"{name}.log").open("w") as log:
                     running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent)
@@ -130,7 +134,7 @@ def main(args: Args) -> None:
         if metrics := finished(run):
             key = [env_id, args.name + variant, str(seed)]
             table = [row for row in table if row[:3] != key]
-            table += [[*key, figure, f"{value:.5g}"] for figure, value in json.loads(metrics.read_text()).items()]
+            table += [[*key, figure, f"{value:.10g}"] for figure, value in json.loads(metrics.read_text()).items()]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, lambda path: path.write_text("".join(f"{','.join(row)}\n" for row in table)))
     print(f"written: {args.output}")
@@ -142,7 +146,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where the runs' last checkpoints left them")

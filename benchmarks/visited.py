@@ -1,4 +1,4 @@
-"""What the masks cost a trained agent: its returns with the student's masks and with the simulator's own, and both on states that it visits.
+"""What the masks cost a trained agent: its returns with its masker's masks and with the simulator's own, and both on states that it visits.
 
 python benchmarks/visited.py --checkpoint runs/.../checkpoint.pt --output results/visited
 """
@@ -60,9 +60,9 @@ def main(args: Args) -> None:
         raise UserError(f"--checkpoint {args.checkpoint}: an agent without a masker")
     run = with_media(run, args.distractors, (*args.settings, *args.drawn))
     table = []
-    print(f"{'setting':<12}{'masks':<11}{'return':>8}{'± std':>7}{'student IoU':>13}")
+    print(f"{'setting':<12}{'masks':<11}{'return':>8}{'± std':>7}{run.masker + ' IoU':>13}")
     for setting in args.settings:
-        for masks in ("student", "simulator"):
+        for masks in (run.masker, "simulator"):
             rows = [roll(agent, run, prompt, setting, episode, masks == "simulator")[:2] for episode in range(args.episodes)]
             table += [[setting, masks, i, f"{total:.2f}", f"{iou:.4f}"] for i, (total, iou) in enumerate(rows)]
             totals, ious = np.array(rows).T
@@ -78,5 +78,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -174,20 +174,21 @@ def test_evaluation_fills_the_tables(tmp_path):
     """Of a masked agent: a row for the run, one per episode, and the agent alone, in half precision, which does the same."""
     args = rl.Args(env="cartpole_swingup", action_repeat=50, hidden_dim=16, encoder="small", precision="fp32", seed=3, augmentation="mix")
     torch.manual_seed(1)
-    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 0, 1, rl.Masker(), None), 40, "the pole")
+    about = {"prompt": "the pole", "segmenter": "masks"}
+    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 0, 1, rl.Masker(), None), 40, about)
     shutil.copy(tmp_path / "checkpoint.pt", tmp_path / "whole.pt")
     (tmp_path / "metrics.json").write_text('{"train/seconds": 12.5}')
     given = {"checkpoints": (str(tmp_path / "checkpoint.pt"),), "episodes": 2, "settings": ("train",), "commit": "abc1234"}
     evaluate.main(evaluate.Args(**given, output=str(tmp_path / "out"), export=str(tmp_path / "agents")))
     (run,) = tables.read(tmp_path / "out/runs.csv")
-    expected = {"env": "cartpole_swingup", "method": "talas_mix", "seed": "3", "agent_steps": "40", "action_repeat": "50", "segmenter": "sim"}
+    expected = {"env": "cartpole_swingup", "method": "talas_mix", "seed": "3", "agent_steps": "40", "action_repeat": "50", "segmenter": "masks"}
     expected |= {"commit": "abc1234", "seconds": "12.5", "videos_skipped": "0"}
     assert {key: run[key] for key in expected} == expected
     rows = tables.read(tmp_path / "out/evaluations.csv")
     assert [(row["run"], row["setting"], row["episode"]) for row in rows] == [(run["run"], "train", "0"), (run["run"], "train", "1")]
     assert all(0 < float(row["iou_1px"]) < 1 for row in rows) and rows[0]["return"] != rows[1]["return"]
-    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(replace(args, gamma=0.9), 9, 0, 1, rl.Masker(), None), 40, "the pole")
-    with pytest.raises(envs.UserError, match="has another agent called cartpole_swingup__talas__3__40"):  # not put in the first one's place
+    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(replace(args, gamma=0.9), 9, 0, 1, rl.Masker(), None), 40, about)
+    with pytest.raises(envs.UserError, match="has a cartpole_swingup__talas__3__40 of other flags"):  # not put in the first one's place
         evaluate.main(evaluate.Args(**given, output=str(tmp_path / "out")))
     exported = tmp_path / "agents/cartpole_swingup__talas__3.pt"
     look = {"pixels": np.random.default_rng(0).integers(0, 256, (8, 9, 84, 84), np.uint8), "proprio": np.zeros((8, 0), np.float32)}

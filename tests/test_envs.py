@@ -585,6 +585,13 @@ b.reset(options={"episode": 0}), b.render()
 assert np.array_equal(first, again) and not np.array_equal(first, other)
 assert np.array_equal(a.reset(options={"episode": 3})[0]["pixels"], first)
 assert np.array_equal(b.reset(options={"episode": 3})[0]["pixels"], first)
+b.reset(options={"episode": 0})
+assert np.array_equal(b.show(a.get_state(), 0), a.render())
+for i in range(2):  # as Phase I visits states
+    a.task.reset(np.random.default_rng(i))
+    shown = a.render()
+    a.close()
+    assert np.array_equal(a.render(), shown)
 a.close()
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(envs.__file__).parent, capture_output=True, text=True, timeout=120, check=False)

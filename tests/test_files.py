@@ -224,7 +224,7 @@ class Files:
         masker = {"kind": "student", "env_id": "hammer", "image_size": 84, "prompt": "the hammer", "state_dict": agent.masker.state_dict()}
         for name in ("student.pt", "teacher.pt"):
             envs.save_tensors(folder / name, masker)
-        rl.save_agent(folder / "agent.pt", agent, 7, "the hammer")
+        rl.save_agent(folder / "agent.pt", agent, 7, {"prompt": "the hammer"})
         self.replay, self.space = self.fresh()
         for _ in range(3):
             seen = (torch.full(shape, 7, dtype=torch.uint8) for shape in ((1, 9, 84, 84), (1, 3, 84, 84)))

@@ -37,6 +37,8 @@ MISTAKES = [  # script, arguments, what the one line says
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
     (PHASE1, ["--env=walker_walk", "--seed=-1"], "seed -1: has to be a number from 0 to"),
     (PHASE1, ["--env=walker_walk", "--output=/dev/null/maskers"], "Not a directory: '/dev/null/maskers'"),
+    (PHASE1, ["--env=cartpole_swingup", "--export-frames=x", "--sequence-length=126"], "an episode of cartpole_swingup has 125 steps"),
+    (PHASE1, ["--env=walker_walk", "--exp-name=a/b"], "has no /"),
     (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
     (PHASE2, ["--env=walker_walk", "--steps=0"], "steps 0: has to be a number from 1"),
     ("envs", ["--env=walker_walk", "--output=picture"], "picture: not the name of a picture"),

@@ -255,7 +255,7 @@ def test_evaluation_plays_every_episode_once(tmp_path, one_thread):
     args = rl.Args(env="hammer", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32")
     torch.manual_seed(1)
     agent = rl.Agent(args, 9, 24, 26, rl.Masker(), None)
-    rl.save_agent(tmp_path / "checkpoint.pt", agent, 0, "the hand")
+    rl.save_agent(tmp_path / "checkpoint.pt", agent, 0, {"prompt": "the hand"})
     figures = rl.evaluate(tmp_path / "checkpoint.pt", args, ("train", "procedural"), 3, None)
     for setting in ("train", "procedural"):
         env, totals, ious = envs.make_env("hammer", setting, args.seed + 10_000, action_repeat=20), [], []
@@ -281,7 +281,7 @@ def test_evaluation_plays_every_episode_once(tmp_path, one_thread):
 def test_success_is_an_episodes(tmp_path):
     """Of an agent that finds its nail in: more than 25 control steps make a success, 20 do not. The flags reach the environment."""
     args = rl.Args(env="hammer", reward="sparse", action_repeat=20, hidden_dim=16, encoder="small", precision="fp32", masker="none")
-    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 24, 26, None, None), 0, None)
+    rl.save_agent(tmp_path / "checkpoint.pt", rl.Agent(args, 9, 24, 26, None, None), 0, {"prompt": None})
     env = rl.make_env_once("hammer", "train", args.seed + 10_000, **rl.env_options(args))  # the one that it will play in
     env.task.env.init_qpos[-7] = 0.09
     for steps in (1, 2):

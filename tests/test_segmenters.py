@@ -284,6 +284,14 @@ def test_a_sequence_is_never_cut(make, monkeypatch, kind):
     assert (np.diff(times) == pytest.approx(np.full(5, 0.01 * env.repeat))) == (kind == "sequence")
 
 
+def test_a_sequence_as_long_as_an_episode_fits_into_one(make):
+    """dm_control would begin another by itself."""
+    env = make("cartpole_swingup")
+    for seed in range(4):
+        times = [env.data.time for _ in phase1.visit_states(env, "sequence", env.episode_steps, np.random.default_rng(seed))]
+        assert np.diff(times) == pytest.approx(np.full(env.episode_steps - 1, 0.01 * env.repeat))
+
+
 def test_phrases_that_are_no_names_of_folders(monkeypatch, tmp_path):
     """And models of one name that lie in two places."""
     monkeypatch.chdir(tmp_path)

@@ -1092,10 +1092,10 @@ def test_a_run_goes_on_with_its_own_masker(tmp_path):
 def test_checkpoint_round_trip(tmp_path, precision):
     """A saved agent comes back with the same action, its masker in the precision that it had; a half-written checkpoint never lies under the name."""
     agent, batch = make_agent(precision=precision), make_batch()
-    rl.save_agent(tmp_path / "checkpoint.pt", agent, 7, "the walker")
+    rl.save_agent(tmp_path / "checkpoint.pt", agent, 7, {"prompt": "the walker", "segmenter": "sim"})
     other, checkpoint = rl.load_agent(tmp_path / "checkpoint.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert (checkpoint["args"], checkpoint["step"], checkpoint["prompt"]) == (agent.args, 7, "the walker")
+    assert (checkpoint["args"], checkpoint["step"], checkpoint["prompt"], checkpoint["segmenter"]) == (agent.args, 7, "the walker", "sim")
     observation = batch.obs[:1], batch.mask[:1], batch.proprio[:1]
     np.testing.assert_array_equal(other.act(*observation, mean=True), agent.act(*observation, mean=True))
     assert other.masker.stem.weight.dtype == agent.masker.stem.weight.dtype == agent.dtype
