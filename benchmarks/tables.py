@@ -157,15 +157,15 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
 
     rliable would be the library for it; its dependency arch 7.2.0 cannot be imported beside the pandas that it is installed with.
     """
-    # by method, segmenter and agent steps; by task; by seed, which may have several runs
+    # by method, segmenter and agent steps; by task and action repeat; by seed, which may have several runs
     scores = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
         if returns and task_row(run["env"]).loader == "suite":
-            scores[run["method"], run["segmenter"], int(run["agent_steps"])][run["env"]][run["seed"]].append(np.mean(returns))
+            scores[run["method"], run["segmenter"], int(run["agent_steps"])][run["env"], run["action_repeat"]][run["seed"]].append(np.mean(returns))
     means = {key: {task: {seed: np.mean(own) for seed, own in seeds.items()} for task, seeds in tasks.items()} for key, tasks in scores.items()}
     scores = {key: {task: seeds for task, seeds in tasks.items() if len(seeds) > 2} for key, tasks in means.items()}
-    enough = {key: tasks for key, tasks in scores.items() if len(tasks) > 1}
+    enough = {key: tasks for key, tasks in scores.items() if len({env for env, _ in tasks}) > 1}
     if not enough:
         return "No aggregates yet: they take three seeds on two tasks."
     rows, rng = [], np.random.default_rng(0)
@@ -173,7 +173,7 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
         resampled = [np.concatenate([rng.choice([*means.values()], len(means)) for means in tasks.values()]) for _ in range(5000)]  # within tasks
         low, high = np.percentile([stats.trim_mean(sample, 0.25) for sample in resampled], (2.5, 97.5))
         centre = stats.trim_mean([mean for means in tasks.values() for mean in means.values()], 0.25)
-        seeds = ", ".join(f"{task} {len(means)}" for task, means in tasks.items())
+        seeds = ", ".join(f"{env} {len(means)}" for (env, _), means in tasks.items())
         rows.append([METHODS[method], segmenter, f"{steps:,}", seeds, f"{centre:.0f}", f"{low:.0f} to {high:.0f}"])
     return table(["method", "masks", "agent steps", "seeds by task", "video_hard, interquartile mean", "95% interval"], rows)
 

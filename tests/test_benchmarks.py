@@ -102,6 +102,8 @@ def test_interquartile_mean():
     for run in runs[3:]:
         run["action_repeat"] = "8"  # a budget is one of agent steps: the benchmark's 500,000 are more frames on some tasks
     assert tables.aggregates(runs, episodes) == aggregated
+    other = [run | {"run": f"{run['run']} ×2", "action_repeat": "2"} for run in runs[:2]]  # two seeds of another repeat are not more of the first
+    assert tables.aggregates([*runs, *other], [*episodes, *(row | {"run": f"{row['run']} ×2", "return": "900"} for row in episodes)]) == aggregated
     lone = {"run": "finger", "env": "finger_spin", "method": "talas", "segmenter": "sim", "seed": "1", "agent_steps": "1000", "action_repeat": "4"}
     finger = {"run": "finger", "setting": "video_hard", "return": "900"}  # one seed of a third task is left out, and takes nothing else along
     assert tables.aggregates([*runs, lone], [*episodes, finger]) == aggregated
