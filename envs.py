@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; has to be set before MuJoCo is imported
@@ -54,7 +54,7 @@ from dm_control.suite import common
 from dm_control.utils import rewards
 
 Setting = Literal["train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural"]
-SETTINGS: tuple[Setting, ...] = ("train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural")
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
 
 
 class UserError(ValueError):
@@ -88,8 +88,8 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     with contextlib.suppress(AttributeError, OSError):  # glibc only
         # Keep freed tensors' pages: by default each step hands them back and pays for fresh ones, a tenth (bf16) to half (fp32) of an update's time.
-        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)):  # mmap only from 1 GB, never trim, grow by 64 MB
-            ctypes.CDLL(None).mallopt(option, value)
+        options = (-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)  # mmap only from 1 GB, never trim, grow by 64 MB: all of them or,
+        all(ctypes.CDLL(None).mallopt(*option) for option in options)  # where an old glibc refuses the first, none: they would mmap everything
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: costs a tenth of the time, and all of replay's memory at once
     return device, torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
 
@@ -106,14 +106,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's, which does not say why
-        raise OSError(f"{path}: is the disk full?") from error
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # of the temporary file's name nobody has heard
+    except (OSError, RuntimeError) as error:  # torch.save's RuntimeError does not say why; of the temporary file's name nobody has heard
+        why = "is the disk full?" if isinstance(error, RuntimeError) else error.strerror or error
+        raise OSError(f"{why}: '{path}'") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where its folder is a file
+            temporary.unlink()
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -276,16 +274,16 @@ class Loader:
     def key(self, level: Literal["easy", "hard"]) -> None:
         """Paint the sky, or sky and ground, black: colours, marks and the haze at the horizon. Reflections in the ground stay, as in RL-ViGen."""
         for name in ("skybox",) if level == "easy" else ("skybox", "grid"):
-            texture(self.model, name)[:] = 0
+            self.model.tex(name).data[:] = 0
         self.model.vis.rgba.haze[:3] = 0
 
     def recolour(self, palette: dict[str, np.ndarray]) -> None:
         """Generate the ground's checker and the sky's gradient anew in a palette's colours. MuJoCo's own compiler draws them."""
+        sky, ground = (self.model.tex(name).data for name in ("skybox", "grid"))  # a KeyError where there are none, as on Adroit
         self.textures.texture("grid").rgb1, self.textures.texture("grid").rgb2 = palette["grid_rgb1"], palette["grid_rgb2"]
         self.textures.texture("skybox").rgb1 = palette["skybox_rgb"]
         drawn = self.textures.compile()
-        for name in ("skybox", "grid"):
-            texture(self.model, name)[:] = texture(drawn, name)
+        sky[:], ground[:] = drawn.tex("skybox").data, drawn.tex("grid").data
 
 
 class SuiteTask(Loader):
@@ -425,9 +423,6 @@ class AdroitTask(Loader):
             if {self.model.geom(g).name, self.model.body(self.model.geom_bodyid[g]).name} & ({"ground"} if level == "easy" else {"ground", "table"}):
                 self.model.geom_matid[g], self.model.geom_rgba[g] = black.id, (0, 0, 0, 1)
 
-    def recolour(self, palette: dict[str, np.ndarray]) -> None:
-        raise UserError(f"{self.env_id} has no sky and hardly any ground in view for the color settings: choose a video setting or procedural")
-
     def reset(self, rng: np.random.Generator) -> None:
         self.env.np_random = rng
         self.env.reset()
@@ -531,14 +526,6 @@ def load_colours(path: Path) -> list[dict[str, np.ndarray]]:
         raise UserError(f"{path}: not a DMControl-GB colour file ({brief(error)})") from None
 
 
-def texture(model: mujoco.MjModel, name: str) -> np.ndarray:
-    """A view (height, width, channels) uint8 of a texture's bytes inside the model; writing to it before a renderer exists changes the picture."""
-    try:
-        return model.tex(name).data
-    except KeyError:
-        raise UserError(f"this task's model has no texture {name!r}, which this setting repaints: choose another setting") from None
-
-
 # ------------------------------------------------------------------------------------------------------ the environment
 def close_renderer(renderer: mujoco.Renderer) -> None:
     """MuJoCo's own (3.17) frees what it drew with in the OpenGL context of the moment: another environment's would be left drawing nothing."""
@@ -590,11 +577,14 @@ class TalasEnv(gym.Env):
             raise UserError(f"{setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
         if setting.startswith("video"):
             self._videos, self.videos_skipped = list_videos(self.distractors, setting)
-        if setting.startswith("color"):
-            self._palettes = load_colours(Path(self.distractors) / f"{setting}.pt")
-            self.task.recolour(self._palettes[0])  # refuses a task without the textures at once
-        elif setting != "train":
-            self.task.key("easy" if setting == "video_easy" else "hard")  # before there is a renderer, which takes the textures along
+        try:  # before there is a renderer, which takes the textures along
+            if setting.startswith("color"):
+                self._palettes = load_colours(Path(self.distractors) / f"{setting}.pt")
+                self.task.recolour(self._palettes[0])
+            elif setting != "train":
+                self.task.key("easy" if setting == "video_easy" else "hard")
+        except KeyError:  # Adroit has no sky and hardly any ground in view
+            raise UserError(f"{self.env_id} has not the textures skybox and grid, which {setting} repaints: choose another setting") from None
         self._renderer: mujoco.Renderer | None = None
         self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
@@ -651,8 +641,7 @@ class TalasEnv(gym.Env):
 
     def _render(self, option: mujoco.MjvOption | None = None) -> np.ndarray:
         if self._renderer is None:
-            offscreen = self.model.vis.global_
-            offscreen.offwidth, offscreen.offheight = max(offscreen.offwidth, self.size), max(offscreen.offheight, self.size)
+            self.model.vis.global_.offwidth = self.model.vis.global_.offheight = self.size
             try:
                 self._renderer = mujoco.Renderer(self.model, self.size, self.size)
             except Exception as error:  # what a missing driver raises depends on the backend
@@ -775,8 +764,6 @@ def load_photographs(folder: str | None, count: int, seed: int, part: Literal["a
     """
     folder, count = folder or os.environ.get("TALAS_OVERLAY"), count // 10 if part == "test" else count
     rng = np.random.default_rng([seed, 3 if part == "test" else 2])
-    if count < 1:
-        raise UserError("--overlay-images: has to be at least 10")
     if not folder:
         photos = [synthetic_image(rng, PHOTO_SIZE) for _ in range(min(count, 100 if part == "test" else 1000))]
         print(f"photographs: {len(photos):,} synthetic images (give --overlay FOLDER or set TALAS_OVERLAY for real ones)", flush=True)
@@ -822,15 +809,9 @@ def random_crops(photos: torch.Tensor, n: int, size: int) -> torch.Tensor:
     centre_x, centre_y = ((torch.rand(n, device=device) * 2 - 1) * (1 - share) for share in (width, height))
     flip = torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(width)
-    theta = torch.stack([torch.stack([width * flip, zero, centre_x], 1), torch.stack([zero, height, centre_y], 1)], 1)  # (n, 2, 3)
+    theta = torch.stack([width * flip, zero, centre_x, zero, height, centre_y], 1).view(n, 2, 3)
     grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
     return F.grid_sample(chosen, grid, padding_mode="border", align_corners=False)
-
-
-def beside_any(chosen: torch.Tensor) -> torch.Tensor:
-    """(..., H, W) bool: the pixels that have a chosen one above, below or beside them."""
-    rows, columns = F.pad(chosen, (0, 0, 1, 1)), F.pad(chosen, (1, 1))
-    return rows[..., 2:, :] | rows[..., :-2, :] | columns[..., 2:] | columns[..., :-2]
 
 
 def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, kind: Augmentation, alpha: float = 0.5) -> torch.Tensor:
@@ -854,8 +835,8 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     if kind == "swap":
         return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
     which, patched, banded, seamed, tinted = (torch.rand(batch, 1, 1, 1, device=device) for _ in range(5))
-    agent, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
-    recolour = agent / area.clamp(min=1) - image.mean((1, 3, 4))
+    colour, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
+    recolour = colour / area.clamp(min=1) - image.mean((1, 3, 4))
     tint = (tinted.view(batch, 1) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident
     image = (image + torch.where(tint, recolour, 0)[:, None, :, None, None]).clamp(0, 255)
     noise = torch.randn(batch, 1, 8, 8, device=device)
@@ -864,7 +845,8 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     green, least = frames[:, :, 1].contiguous(), torch.empty(batch, 1, 1, 1, device=device).uniform_(5, 60)  # green is as good as grey
     below, beside = (green.diff(dim=2).abs() > least), (green.diff(dim=3).abs() > least)  # not max_pool2d: it takes ten times as long
     lines = F.pad(below, (0, 0, 1, 0)) | F.pad(below, (0, 0, 0, 1)) | F.pad(beside, (1, 0)) | F.pad(beside, (0, 1))  # (B, k, H, W)
-    lines &= ~beside_any(keep > 0.05)  # the agent has edges everywhere
+    agent = F.pad(keep > 0.05, (1, 1, 1, 1))  # has edges everywhere: its pixels' neighbours above, below and beside do not count
+    lines &= ~(agent[..., 2:, 1:-1] | agent[..., :-2, 1:-1] | agent[..., 1:-1, 2:] | agent[..., 1:-1, :-2])
     kept = torch.where(patched < 0.5, patches, lines & (patched < 0.8))  # of the scene
     keep = torch.maximum(keep, kept.to(keep.dtype))
     hide = torch.where(seamed < 0.8, (keep > 0.05).to(keep.dtype), keep)  # where no photograph is: what is half the agent's isn't exactly black

@@ -250,8 +250,8 @@ OWN = {  # the colours that the models come with
 
 def shown_palette(env):
     """Which of PALETTES the textures of an environment's model show, ground and sky each by itself."""
-    ground = envs.texture(env.model, "grid").reshape(-1, 3)[::7]
-    sky = envs.texture(env.model, "skybox").reshape(-1, 3)[::97].astype(int)
+    ground = env.model.tex("grid").data.reshape(-1, 3)[::7]
+    sky = env.model.tex("skybox").data.reshape(-1, 3)[::97].astype(int)
     by_ground, by_sky = [], []
     for i, palette in enumerate(PALETTES):
         one, two, top = (np.array(palette[key]) * 255 for key in ("grid_rgb1", "grid_rgb2", "skybox_rgb"))
@@ -290,7 +290,7 @@ def test_color_settings_draw_from_all_palettes(make, tmp_path):
     env, seen = make("cartpole_swingup", "color_hard", distractors=str(tmp_path)), set()
     for _ in range(6):
         env.reset()
-        seen.add(int(np.bincount(envs.texture(env.model, "grid").ravel(), minlength=256)[1:].argmax()))
+        seen.add(int(np.bincount(env.model.tex("grid").data.ravel(), minlength=256)[1:].argmax()))
     assert len(seen) > 3 and max(seen) - min(seen) > 50
 
 
@@ -307,9 +307,16 @@ def test_color_settings_are_refused_where_the_textures_are_missing(tmp_path):
     with pytest.raises(envs.UserError, match="hammer") as error:
         envs.make_env("hammer", "color_easy", distractors=str(tmp_path))
     assert "\n" not in str(error.value)
-    bare = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")  # every suite task has both textures today
-    with pytest.raises(envs.UserError, match="skybox") as error:
-        envs.texture(bare, "skybox")
+
+
+@pytest.mark.parametrize("setting", ["color_easy", "procedural"])
+def test_a_suite_task_without_the_textures_is_refused(tmp_path, monkeypatch, setting):
+    """Every suite task has both today."""
+    torch.save(PALETTES, tmp_path / "color_easy.pt")
+    bare = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
+    monkeypatch.setattr(envs.SuiteTask, "model", property(lambda self: bare, lambda self, model: None), raising=False)
+    with pytest.raises(envs.UserError, match="walker_walk has not the textures skybox and grid") as error:
+        envs.make_env("walker_walk", setting, distractors=str(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -436,8 +443,6 @@ def test_held_out_photographs_stay_held_out(tmp_path):
     test = {grey for seed in range(4) for grey in greys(envs.load_photographs(str(tmp_path), 20, seed, "test"))}
     assert not train & test and len(train) > 15 and len(test) > 1
     assert len(envs.load_photographs(str(tmp_path), 5000, 1, "train")) == 21 and len(envs.load_photographs(str(tmp_path), 5000, 1, "test")) == 3
-    with pytest.raises(envs.UserError, match="--overlay-images"):
-        envs.load_photographs(str(tmp_path), 0, 1)
 
 
 def test_photograph_folders_that_are_empty_or_missing(tmp_path):
