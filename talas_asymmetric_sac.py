@@ -32,13 +32,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -65,8 +65,7 @@ class Args:
 
     # the method and its ablations (README has the table; benchmarks/evaluate.py's METHOD and train_all.py's VARIANTS name runs by these flags)
     masker: Literal["student", "teacher", "none"] = "student"  # who masks the augmented view, and all at evaluation; none: whole frames
-    clean_masker: Literal["student", "teacher"] | None = None
-    """who masks the clean view and what the policy sees while it collects; by default the same masker. The page's Figure 2 draws the teacher here"""
+    clean_masker: Literal["student", "teacher"] | None = None  # who masks the clean view and what the collecting policy sees; by default --masker
     actor_views: Literal["clean", "both"] = "both"  # views that the actor is trained on
     actor_judge: Literal["clean", "own"] = "clean"  # by which view's Q an action is judged: the clean one (asymmetric), or its own (symmetric)
     critic_views: Literal["clean", "both"] = "both"  # views that the critic is trained on
@@ -84,8 +83,7 @@ class Args:
     gamma: float = 0.99  # discount per agent step
     tau: float = 0.01  # the target critic moves this share of the way at each update (no relation of the augmentation τ)
     shift: int = 4  # random shift of replayed observations, pixels (DrQ)
-    encoder: Literal["sada", "medium", "small"] = "sada"
-    """sada: four 3×3 convolutions, the first with stride 2; medium: the second as well, a third of the cost; small: 4×4 patches first, a tenth"""
+    encoder: Literal["sada", "medium", "small"] = "sada"  # SADA's four 3×3 convolutions; with more strides, a third (medium), a tenth of their cost
     hidden_dim: int = 1024  # width of the actor's and the critics' two hidden layers
     replay_size: int = 500_000  # frames kept, one per agent step; memory is taken as it fills (a GPU's at once), 28 KB each with the mask
 
@@ -99,16 +97,13 @@ class Args:
     eval_every: int = 25_000  # agent steps between evaluations; one always ends the run
     eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10, or half as many as a short run has
     eval_settings: tuple[Setting, ...] | None = None  # by default train, video_easy, video_hard; without --distractors train, procedural
-    resume: str | None = None
-    """folder of an interrupted run, to go on from its last checkpoint, with its own arguments; auto: the run that this same command began, if any"""
+    resume: str | None = None  # folder of an interrupted run to go on with, by its own arguments; auto: the run that this same command began, if any
     checkpoint_every: int = 2500  # agent steps between checkpoints, each at the next end of an episode; replay, all of it, lies on the disk as well
     exp_name: str = "talas"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of the networks; losses are fp32. auto: bf16 on GPUs and on CPUs that have it, nearly twice as fast; without it, a CPU evaluates in fp32"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks; losses are fp32. auto: bf16, nearly twice as fast, where the device has it
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
-    overlap: bool = True
-    """simulate and render the next frame while the update runs, on a replay that lacks it; --no-overlap: one after the other, the textbook's order"""
+    overlap: bool = True  # simulate and render the next frame during the update, whose replay then lacks it; --no-overlap: the textbook's order
     compile: bool = False  # torch.compile the update (needs g++ and Python's headers, and a minute or two at the first update)
     cudagraphs: bool = False  # CUDA only: the update as one CUDA graph. Off, as is --compile, because it has not been run on a GPU yet
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
@@ -163,15 +158,12 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, d
         print("(on two cores ten minutes or so; for cartpole's and the cup's students half an hour)", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # runs that start together wait here for one another: the masker is made once
-            have_teacher = (folder / "teacher.pt").is_file()  # perhaps made by hand, with a prompt of one's own
-            due = [("talas_phase1.py", not have_teacher), ("talas_phase2.py", which == "student")]
-            scripts = [script for script, needed in due if needed and not path.is_file()]  # none, if another run has just made it
-            if scripts == ["talas_phase2.py"] and not (folder / "frames.npz").is_file():
-                raise UserError(f"{folder}: teacher.pt without frames.npz, which Phase II needs; copy that too, or delete the teacher")
-            if "talas_phase1.py" in scripts and (folder / "student.pt").is_file():  # which Phase I would delete
-                raise UserError(f"{folder}: student.pt without the teacher.pt that it was made from; copy that too, or delete the student")
-            for script in scripts:
-                names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if script == "talas_phase1.py" else ())
+            for script, makes in (("talas_phase1.py", "teacher"), ("talas_phase2.py", "student")):
+                if path.is_file() or (folder / f"{makes}.pt").is_file():  # by another run meanwhile; a teacher by hand, for a prompt of one's own
+                    continue
+                if makes == "teacher" and (folder / "student.pt").is_file():  # which Phase I would delete
+                    raise UserError(f"{folder}: student.pt without the teacher.pt that it was made from; copy that too, or delete the student")
+                names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if makes == "teacher" else ())
                 flags = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name))]
                 print(f"$ python {script} {' '.join(flags)}", flush=True)
                 if subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], preexec_fn=envs.end_with_parent).returncode:
@@ -297,9 +289,8 @@ class Critic(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------ the update
-@dataclass
-class Batch:
-    """Transitions, in the order in which Replay.sample fills them and graphed hands them on."""
+class Batch(NamedTuple):
+    """Transitions, in the order in which Replay.sample fills them."""
 
     obs: torch.Tensor  # (B, 9, 84, 84) uint8, whole frames
     mask: torch.Tensor  # (B, 3, 84, 84) uint8, 255 ψ(o)
@@ -408,14 +399,6 @@ class Agent(nn.Module):
         return (mean_action if mean else sample).cpu().numpy()
 
 
-def graphed(agent: Agent) -> Callable[[Batch], dict[str, torch.Tensor]]:
-    """agent.update as one CUDA graph: one launch instead of a thousand. It reads tensors, field by field; a Python number stays as captured."""
-    from tensordict.nn import CudaGraphModule  # takes a second or two
-
-    graph = CudaGraphModule(lambda *fields: agent.update(Batch(*fields)), warmup=4)
-    return lambda batch: graph(*vars(batch).values())
-
-
 # ------------------------------------------------------------------------------------------------------------ replay
 def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One observation or N of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8, proprio (N, P), on the device."""
@@ -472,12 +455,10 @@ class Replay:
         return {"numbers": numbers} | {key: store[(numbers % self.capacity).to(store.device)].cpu() for key, store in stores.items()}
 
     def restore(self, written: dict[str, torch.Tensor]) -> None:
-        """What written_since returned, in the same order, beginning with a replay without rows."""
+        """What written_since returned, in the same order."""
         numbers = written["numbers"]
-        if not self.n or len(numbers) == self.capacity:  # what fills the ring needs nothing before it
+        if numbers[0] != self.n:  # the rows before are lost, or were overwritten
             self.first = int(numbers[0])
-        elif numbers[0] > self.n:
-            raise ValueError("a part of its replay is missing")
         self._write(numbers, [written[key] for key in self.STORES])
 
     def _stacks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -531,35 +512,29 @@ class Progress:
     step: int = 0  # agent steps
     updates: int = 0
     seconds: float = 0.0  # of the loop, evaluations among them
-    returns: list[float] = field(default_factory=list)  # of the last ten episodes
     episodes: list[int] = field(default_factory=list)  # by environment, the episode that it begins next
-    rows: int = 0  # of replay, on the disk
+    parts: dict[str, int] = field(default_factory=dict)  # replay's files, oldest first, with the number of rows written by the end of each
     learning_starts: int = 0  # the step of the first update, as the run began: a short run's is earlier, and stays where it was if it becomes longer
     sizes: list[int] = field(default_factory=lambda: [0, 0])  # of the two tables, in bytes: what comes after a checkpoint is written again
 
 
-LAYOUT = 2  # of what save_state writes
-
-
-def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, actions: gym.Space, before: int) -> None:
-    """RUN/resume/<step>.state.pt, and in <step>.replay.pt replay's rows from `before` on. The newest two states stay, and what they need."""
+def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, actions: gym.Space, before: Progress) -> Progress:
+    """RUN/resume/<step>.state.pt and, as <step>.replay.pt, replay's rows since the state `before`. These two states and what they need stay."""
     folder.mkdir(exist_ok=True)
-    envs.save_tensors(folder / f"{progress.step:010}.replay.pt", replay.written_since(before))
+    part = f"{progress.step:010}.replay.pt"
+    envs.save_tensors(folder / part, replay.written_since(max(before.parts.values(), default=0)))
+    alive = {name: rows for name, rows in before.parts.items() if rows > replay.n - replay.capacity}  # not all overwritten since
+    progress = replace(progress, parts=alive | {part: replay.n})
     state = {"progress": asdict(progress), "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
     # All the chance there is in this process; episodes draw theirs from (seed, episode).
-    cuda = replay.frames.device if replay.frames.is_cuda else None
-    state |= {
-        "layout": LAYOUT,
-        "torch": torch.get_rng_state(),
-        "cuda": cuda and torch.cuda.get_rng_state(cuda),
-        "actions": actions.np_random.bit_generator.state,
-    }
+    state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if replay.frames.is_cuda else []}
+    state |= {"actions": actions.np_random.bit_generator.state}
     envs.save_tensors(folder / f"{progress.step:010}.state.pt", state)
-    states = sorted(folder.glob("[0-9]*.state.pt"))
-    oldest = int(states[-2:][0].name[:10])
-    outlived = [path for path in folder.glob("[0-9]*.replay.pt") if oldest - int(path.name[:10]) >= replay.capacity]  # overwritten since
-    for path in states[:-2] + outlived:
-        path.unlink()
+    needed = {f"{each.step:010}.state.pt" for each in (before, progress)}.union(before.parts, progress.parts)
+    for path in folder.glob("[0-9]*"):
+        if path.name not in needed:
+            path.unlink()
+    return progress
 
 
 def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -> Progress | None:
@@ -568,33 +543,20 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
     for path in states:
         try:
             state = envs.load_tensors(path)
-            if state.get("layout") != LAYOUT:
-                raise ValueError("of another version of this script")
             progress = Progress(**state["progress"])
-            replay.n = 0
-            replay.history.zero_()
-            for part in sorted(folder.glob("[0-9]*.replay.pt")):
-                if part.name[:10] <= path.name[:10]:
-                    replay.restore(envs.load_tensors(part))
-            if replay.n != progress.rows:
-                raise ValueError("a part of its replay is missing")
+            for part in progress.parts:
+                replay.restore(envs.load_tensors(folder / part))
             agent.load_state_dict(state["agent"])
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
             torch.set_rng_state(state["torch"])
-            if replay.frames.is_cuda and state["cuda"] is not None:
-                torch.cuda.set_rng_state(state["cuda"], replay.frames.device)
+            torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
             actions.np_random.bit_generator.state = state["actions"]
-            for newer in folder.glob("[0-9]*"):
-                if newer.name[:10] > path.name[:10]:
-                    newer.unlink()  # it could not be read, and would count as a generation
             return progress
         except Exception as error:  # damaged files fail in many ways
             print(f"warning: {path} cannot be used ({envs.brief(error)})", flush=True)
     if states:
         raise UserError(f"{folder}: none of its checkpoints can be used")
-    for part in folder.glob("[0-9]*.replay.pt"):  # of a checkpoint that was never finished
-        part.unlink()
     return None
 
 
@@ -614,9 +576,8 @@ def find_run(args: Args) -> Path | None:
     """The folder of the run to go on with: the one asked for, or for auto the newest in runs/ that was given these arguments, if there is one."""
     if args.resume != "auto":
         return Path(args.resume)
-    varies = dict.fromkeys(("resume", "checkpoint_every", "device", "compile", "cudagraphs"))
-    if args.precision == "auto":
-        varies["precision"] = None  # it became what it stands for
+    own = ("precision",) if args.precision == "auto" else ()  # auto became what it stands for
+    varies = dict.fromkeys(("resume", "checkpoint_every", "device", "compile", "cudagraphs", *own))
     asked = json.loads(json.dumps(asdict(args) | varies))
     for path in sorted(Path("runs").glob(f"{args.env}__{glob.escape(args.exp_name)}__{args.seed}__*/args.json"), reverse=True):
         with suppress(ValueError, TypeError, OSError):
@@ -625,17 +586,12 @@ def find_run(args: Args) -> Path | None:
     return None
 
 
-LOST = (TimeoutError, ConnectionError)  # of OSError's kinds, those that mean a lost worker and not a disk
-
-
 @contextmanager
 def saving(what: str, said: set[str] = set()) -> Iterator[None]:  # noqa: B006
     """A disk that is full or gone costs what cannot be written, not the run. Says so once: the one default set remembers what was said."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, LOST):
-            raise
         if what not in said:
             tqdm.write(f"warning: {what} cannot be written ({error}); going on without", file=sys.stderr)
         said.add(what)
@@ -677,6 +633,8 @@ def play_all(path: Path, args: Args, jobs: list[tuple[Setting, int]]) -> Iterato
     try:
         for future in futures:
             yield future.result(timeout=3 * PATIENCE)
+    except TimeoutError:  # which would count as an OSError, and so as a disk's
+        raise RuntimeError(f"an episode is not over after {3 * PATIENCE} seconds") from None
     finally:
         # After an error, not the episodes that are left: they would be played to their ends, and one that hangs waited for.
         pool.shutdown(wait=all(future.done() for future in futures), cancel_futures=True)
@@ -723,7 +681,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     # ---- the frozen maskers, the photographs, the agent
     needed = [] if args.masker == "none" else list(dict.fromkeys((args.masker, clean)))
-    own = replace(args, masker_path=str(kept)) if needed and (kept / f"{needed[0]}.pt").is_file() else args  # a resumed run has copies
+    own = replace(args, masker_path=str(kept)) if all((kept / f"{which}.pt").is_file() for which in needed) else args  # a resumed run has copies
     found = {which: find_masker(own, which, device) for which in needed}
     masker, about = found.get(args.masker, (None, {"prompt": None, "segmenter": None}))
     clean_masker = found.get(clean, (None,))[0]
@@ -742,7 +700,11 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         raise UserError(f"--replay-size {args.replay_size:,}: {size:.1f} GB cannot be had on {device}; give a smaller one") from None
     if args.compile:
         agent.update = torch.compile(agent.update, options={"fallback_random": True})  # eager mode's random numbers, and so its losses
-    update = graphed(agent) if args.cudagraphs else agent.update
+    update = agent.update
+    if args.cudagraphs:  # one launch instead of a thousand. It reads tensors; a Python number stays as captured
+        from tensordict.nn import CudaGraphModule  # takes a second or two
+
+        update = CudaGraphModule(agent.update, warmup=4)
 
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
@@ -766,9 +728,13 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     heads = ["step", "episode", "return", "length", "success", "seconds", "env"], ["step", "figure", "value"]
     for table, size, head in zip(tables, progress.sizes, heads, strict=True):
         cleanup.callback(saving(Path(table.name).name)(table.close))  # not as a context: on a full disk it would hide why the run ends
-        table.truncate(min(size, os.fstat(table.fileno()).st_size))  # somebody may have moved it; longer, it would be filled up with zeros
-        if not os.fstat(table.fileno()).st_size:
+        if not table.truncate(min(size, table.tell())):  # somebody may have moved it; longer, it would be filled up with zeros
             csv.writer(table).writerow(head)
+
+    def log(figures: dict[str, float | torch.Tensor]) -> None:
+        with curves():
+            for key, value in figures.items():
+                writer.add_scalar(key, value, progress.step)
 
     def report(folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
@@ -785,8 +751,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask)]
         with curves():
             writer.add_images("views/clean_and_augmented", torch.cat(views, 3), progress.step)
-            for key, value in figures.items():
-                writer.add_scalar(key, value, progress.step)
+        log(figures)
         return figures
 
     def check(what: str, values: torch.Tensor, **came_from: torch.Tensor) -> None:
@@ -805,12 +770,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             progress.updates += 1
             look = progress.updates % 100 == 1  # metrics stay on a GPU until then: it waits for nobody
             if look or device.type == "cpu":
-                check("a loss", torch.stack([*metrics.values()]), **vars(batch), **metrics)
+                check("a loss", torch.stack([*metrics.values()]), **batch._asdict(), **metrics)
             if look:
-                with curves():
-                    for key, value in metrics.items():
-                        writer.add_scalar(key, value.item(), progress.step)
-                    writer.add_scalar("charts/SPS", progress.step / (time.time() - began), progress.step)
+                log(metrics | {"charts/SPS": progress.step / (time.time() - began)})
 
     print(f"TaLaS on {args.env}: {total_steps:,} agent steps × repeat {env.repeat} = {total_steps * env.repeat:,} control steps")
     print(f"masker {args.masker}, {args.precision} on {device}; learning starts at {progress.learning_starts:,}; run folder {run}")
@@ -822,7 +784,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     # The loop resets them itself: then an ended episode's last observation comes like any other. Gymnasium's default inserts a step for the reset.
     vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     cleanup.callback(setattr, vec_env, "closed", True)  # the processes themselves are main's to end
-    began, saved = time.time() - progress.seconds, progress.step
+    began, saved, tried = time.time() - progress.seconds, replace(progress), progress.step
     ended = np.ones(args.num_envs, bool)
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
 
@@ -849,24 +811,20 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             total, length, success = info["episode"]["r"][i], info["episode"]["l"][i], info.get("episode_success", [""] * args.num_envs)[i]
             with saving("returns.csv"):
                 returns.writerow([progress.step, progress.episodes[i] - 1, f"{total:.3f}", length, success, f"{time.time() - began:.1f}", i])
-            with curves():
-                writer.add_scalar("charts/episodic_return", total, progress.step)
-                writer.add_scalar("charts/episodic_length", length, progress.step)
-            progress.returns = [*progress.returns[-9:], float(total)]
-            bar.set_postfix({"return": f"{total:.1f}", "mean of 10": f"{np.mean(progress.returns):.1f}"}, refresh=False)
+            log({"charts/episodic_return": total, "charts/episodic_length": length})
+            bar.set_postfix({"return": f"{total:.1f}"}, refresh=False)
         if not args.overlap:
             learn()
         if progress.step % args.eval_every < args.num_envs and progress.step < total_steps:
             with saving("an evaluation"):
                 figures = report(None)
                 bar.write(f"step {progress.step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
-        if ended.any() and progress.step - saved >= args.checkpoint_every:
+        if ended.any() and progress.step - tried >= args.checkpoint_every:
             check_weights()
-            progress.seconds, progress.sizes, saved = time.time() - began, [os.fstat(table.fileno()).st_size for table in tables], progress.step
+            progress.seconds, progress.sizes, tried = time.time() - began, [os.fstat(table.fileno()).st_size for table in tables], progress.step
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
             with saving("a checkpoint to resume from"):
-                save_state(kept, replace(progress, rows=replay.n), agent, replay, action_space, progress.rows)
-                progress.rows = replay.n
+                saved = save_state(kept, progress, agent, replay, action_space, saved)
         bar.update(args.num_envs)
     bar.close()
     vec_env.close()
@@ -900,16 +858,13 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
             own = replace(own, eval_settings=own.eval_settings and tuple(own.eval_settings))  # JSON has lists only
         except Exception as error:  # damaged files fail in many ways
             raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {envs.brief(error)})") from None
-        if own.evaluate:
-            raise UserError(f"--resume {run}: the folder of an evaluation, which has no checkpoints; start it again: --evaluate {own.evaluate}")
     else:
         return args, None
     args = parse(own)
     for key in vars(args):
         if key not in free and getattr(args, key) != getattr(own, key):
-            given, what = key.replace("_", "-"), "--evaluate" if args.evaluate else "--resume"
-            allowed = ", ".join(f"--{name.replace('_', '-')}" for name in free[1:])
-            raise UserError(f"--{given}: {args.evaluate or run} has its own, {getattr(own, key)}; beside {what} only {allowed} can be given")
+            flag, beside, *allowed = (f"--{name.replace('_', '-')}" for name in (key, *free))
+            raise UserError(f"{flag}: {args.evaluate or run} has its own, {getattr(own, key)}; beside {beside} only {', '.join(allowed)}")
     return args, run
 
 
@@ -957,7 +912,7 @@ def main(args: Args, run: Path | None = None) -> None:
         except UserError:
             raise
         except Exception as error:  # most likely a worker process that died or does not answer
-            disk = isinstance(error, OSError) and not isinstance(error, LOST)
+            disk = isinstance(error, OSError) and not isinstance(error, ConnectionError)
             if not disk:
                 traceback.print_exc()
             if disk or attempt == 2 or args.evaluate:

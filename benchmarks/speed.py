@@ -37,6 +37,7 @@ class Args:
     repeats: int = 3  # rounds over everything that is compared
     loop_steps: int = 60  # agent steps of each loop, an update for every four
     stored: tuple[int, int] = (1_000, 100_000)  # steps in replay between which the update's time should not grow
+    compile: bool = False  # time torch.compile's update as well, which takes a minute or two to compile; a GPU's CUDA graph is timed in any case
     sam: bool = True  # time segment-anything's ViT-B as well (its package and torchvision; random weights)
     device: str = "auto"  # cpu, cuda, ... or auto
     output: str = "results/speed"  # folder of the JSON file
@@ -83,18 +84,20 @@ def fill(replay: talas.Replay, steps: int, episode: int = 250) -> None:
         replay.add_step(action, np.ones(1), np.zeros(1, bool), *seen)
 
 
-def build(args: Args, spaces: tuple[int, int, int], photos: torch.Tensor, masked: bool, precision: str, channels_last: bool) -> talas.Agent:
+def build(
+    args: Args, spaces: tuple[int, int, int], photos: torch.Tensor, masked: bool, precision: str, channels_last: bool, cudagraphs: bool = False
+) -> talas.Agent:
     """An agent with random weights, on the photographs' device, as talas_asymmetric_sac.py makes it; or in the contiguous layout."""
     masker = talas.Masker().requires_grad_(False) if masked else None
-    flags = talas.Args(precision=precision, encoder=args.encoder, masker="student" if masked else "none")
+    flags = talas.Args(precision=precision, encoder=args.encoder, masker="student" if masked else "none", cudagraphs=cudagraphs)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return talas.Agent(flags, *spaces, masker, photos).to(photos.device, memory_format=layout)
 
 
 def update_masked_at_sampling(agent: talas.Agent, replay: talas.Replay, batch_size: int) -> None:
     batch = replay.sample(batch_size)
-    batch.mask, batch.next_mask = talas.mask_stack(agent.masker, batch.obs), talas.mask_stack(agent.masker, batch.next_obs)
-    agent.update(batch)
+    masks = {"mask": talas.mask_stack(agent.masker, batch.obs), "next_mask": talas.mask_stack(agent.masker, batch.next_obs)}
+    agent.update(batch._replace(**masks))
 
 
 def time_plain(args: Args, spaces: tuple[int, int, int]) -> dict[str, float]:
@@ -195,6 +198,15 @@ def main(args: Args) -> None:
     for (masked, precision, channels_last), which in agents.items():
         title = f"{'masked' if masked else 'unmasked'}, {precision}, {'channels_last' if channels_last else 'contiguous'}"
         ways[title] = lambda which=which: which.update(replay.sample(args.batch_size))
+    default = f"masked, {fast}, channels_last"
+    if args.compile:
+        compiled = torch.compile(build(args, spaces, photos, True, fast, True).update, options={"fallback_random": True})
+        ways[f"{default}, compiled"] = lambda: compiled(replay.sample(args.batch_size))
+    if device.type == "cuda":
+        from tensordict.nn import CudaGraphModule
+
+        graph = CudaGraphModule(build(args, spaces, photos, True, fast, True, cudagraphs=True).update, warmup=4)
+        ways[f"{default}, CUDA graph"] = lambda: graph(replay.sample(args.batch_size))
     yardsticks = ["unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"]
     ways[yardsticks[1]] = lambda: update_masked_at_sampling(agents[True, "fp32", False], replay, args.batch_size)
     updates = time_in_turn(ways, device, args.repeats)
@@ -239,9 +251,8 @@ def main(args: Args) -> None:
         "replay/GB of the process at its peak, with the emptier replay": resident / 1e9,
     }
 
-    base = updates[f"masked, {fast}, channels_last"]
-    for title in yardsticks:
-        result[f"ratio/update {title}, over the default"] = updates[title] / base
+    for title in [*yardsticks, *(title for title in updates if title.startswith(f"{default}, "))]:
+        result[f"ratio/update {title}, over the default"] = updates[title] / updates[default]
     result["ratio/update at the fuller replay over the emptier"] = many / few
 
     print(f"\n{name}; {args.env}, batch {args.batch_size}, {threads} threads, bf16 {'on' if bf16 else 'off'}\n")

@@ -229,7 +229,7 @@ class Files:
         for _ in range(3):
             seen = (torch.full(shape, 7, dtype=torch.uint8) for shape in ((1, 9, 84, 84), (1, 3, 84, 84)))
             self.replay.add_first(np.array([0]), *seen, torch.zeros(1, 1))
-        rl.save_state(folder / "resume", rl.Progress(step=5, rows=3), agent, self.replay, self.space, 0)
+        rl.save_state(folder / "resume", rl.Progress(step=5), agent, self.replay, self.space, rl.Progress())
         rng = np.random.default_rng(0)
         colours = [{name: rng.random(3).tolist() for name in ("grid_rgb1", "grid_rgb2", "skybox_rgb")} for _ in range(3)]
         torch.save(colours, folder / "color_hard.pt", _use_new_zipfile_serialization=False)  # DMControl-GB's format, which has no checksums
