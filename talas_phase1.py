@@ -14,7 +14,6 @@ Anything. `masks` reads what any other tool made of frames that --export-frames 
 Whoever made them, they lie as <phrase>.../<sequence>/<number>.png, a binary image for each frame: the interface, and the cache.
 """
 
-import contextlib
 import fnmatch
 import functools
 import multiprocessing
@@ -278,14 +277,15 @@ def collect_clip(args: Args, prompt: str, settings: tuple[Setting, ...], clip: t
     index, kind, n = clip
     rng = np.random.default_rng([args.seed, len(settings) > 0, index])  # without settings, training: the same states as export_sequence's
     env, *others = (make_env_once(args.env, setting, args.seed, distractors=args.distractors) for setting in ("train", *settings))
-    phrases = [phrase for phrase in envs.parse_prompt(prompt) if phrase in env.vocabulary] if kind == "sequence" else []
+    named = {"masks": env.nameable(prompt)}
+    if kind == "sequence":
+        named |= {phrase: phrase for phrase in envs.parse_prompt(prompt) if phrase in env.vocabulary}
     seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *settings)}
-    seen |= {key: np.empty((n, env.size, env.size), bool) for key in ("masks", *phrases)}
+    seen |= {key: np.empty((n, env.size, env.size), bool) for key in named}
     for i, _ in enumerate(visit_states(env, kind, n, rng)):
         seen["clean"][i] = env.render().transpose(2, 0, 1)
-        seen["masks"][i] = env.segment(env.nameable(prompt))
-        for phrase in phrases:
-            seen[phrase][i] = env.segment(phrase)
+        for key, words in named.items():
+            seen[key][i] = env.segment(words)
         for setting, other in zip(settings, others, strict=True):
             if i % 25 == 0:  # a new background
                 other.reset(options={"episode": 2 * index + i // 25})
@@ -442,9 +442,7 @@ def masks_by_phrase(args: Args, prompt: str, device: torch.device, pool: Process
     folders = [Path(folder) for folder in args.masks] or run_sam(args, envs.parse_prompt(prompt), device, pool)
     parts: dict[str, np.ndarray] = {}
     for folder in folders:  # of one name, as by two tools: united
-        name = folder.resolve().name.split("__")[0].replace("_", " ")
-        with contextlib.suppress(UserError):  # of a folder called "a", which names nothing
-            name = " ".join(envs.parse_prompt(name))
+        name = re.sub("^(the|an?) ", "", folder.absolute().name.split("__")[0].replace("_", " ").lower())  # the_hand, or hand__dino__...: hand
         parts[name] = parts.get(name, False) | read_masks(args, folder, size)
     found = np.any(list(parts.values()), axis=0).any((1, 2))
     if found.mean() < 0.5:
