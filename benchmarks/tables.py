@@ -171,7 +171,7 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
     rows, rng = [], np.random.default_rng(0)
     for (method, segmenter, steps), tasks in enough.items():
         resampled = [np.concatenate([rng.choice([*means.values()], len(means)) for means in tasks.values()]) for _ in range(5000)]  # within tasks
-        low, high = np.percentile([stats.trim_mean(sample, 0.25) for sample in resampled], (2.5, 97.5))
+        low, high = np.percentile(stats.trim_mean(resampled, 0.25, axis=1), (2.5, 97.5))
         centre = stats.trim_mean([mean for means in tasks.values() for mean in means.values()], 0.25)
         seeds = ", ".join(f"{env} {len(means)}" for (env, _), means in tasks.items())
         rows.append([METHODS[method], segmenter, f"{steps:,}", seeds, f"{centre:.0f}", f"{low:.0f} to {high:.0f}"])

@@ -55,6 +55,17 @@ def make(request):
 
 
 @pytest.fixture
+def one_thread():
+    """As a worker has: two add up in another order, and over an episode the last bits grow."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def refused(tmp_path, monkeypatch):
     """refused(script, *args): what it raises, in this process: one line, which its end prints. Nothing is left of a run that never was."""
     import tyro

@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import os
 from pathlib import Path
 
 import cv2
@@ -70,6 +69,7 @@ def test_both_phases_learn(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs/maskers/walker_walk"
     with np.load(folder / "frames.npz") as archive:
         frames = dict(archive)
+    assert all(path.name.endswith(f"-{os.getpid()}") for path in (tmp_path / "runs").glob("walker_walk__*"))
     masks, truth = frames["test_masks"], np.unpackbits(frames.pop("train_masks")).reshape(120, 84, 84)
     assert iou(folder / "teacher.pt", frames["test_clean"], masks) > 0.7
     assert iou(folder / "teacher.pt", frames["train_frames"], truth.astype(bool)) > 0.7
@@ -106,7 +106,7 @@ def test_what_the_student_is_taught(tmp_path, monkeypatch, kind):
     teacher, frames = phase2.Masker().requires_grad_(False), torch.randint(256, (12, 3, 84, 84), dtype=torch.uint8)
     teacher.head.weight.mul_(30)  # far from a half
     envs.save_tensors(Path("teacher.pt"), {"env_id": "walker_walk", "image_size": 84, "prompt": "", "state_dict": teacher.state_dict()})
-    np.savez("frames.npz", train_frames=frames, test_clean=frames[:4], test_masks=np.zeros((4, 84, 84), bool))
+    np.savez("frames.npz", train_frames=frames, test_clean=torch.zeros_like(frames[:4]), test_masks=np.zeros((4, 84, 84), bool))
     given, augment = [], phase2.augment
     monkeypatch.setattr(phase2, "augment", lambda *args: (given.append(args), augment(*args))[1])
     phase2.main(phase2.Args(env="walker_walk", maskers=".", steps=4, batch_size=8, shift=2, augmentation=kind, overlay_images=20))
@@ -180,17 +180,64 @@ def test_a_clip_is_of_its_prompt_and_seed():
         assert len(set.union(*shown)) == 12
 
 
+def random_frames(monkeypatch, n: int = 8) -> dict[str, np.ndarray]:
+    """What collect returns from now on."""
+    monkeypatch.delenv("TALAS_OVERLAY", raising=False)
+    rng = np.random.default_rng(1)
+    seen = {"clean": rng.integers(256, size=(n, 3, 84, 84), dtype=np.uint8), "masks": rng.random((n, 84, 84)) < 0.5}
+    monkeypatch.setattr(phase1, "collect", lambda *_: dict(seen))
+    return seen
+
+
 def test_a_new_teacher_replaces_the_old_student(tmp_path, monkeypatch):
-    """Its frames are not the student's any more. And the masked reconstruction, where it is asked for, teaches as well."""
+    """Its frames are not the student's any more. It is of its seed, and of the masked reconstruction, where that is asked for."""
     monkeypatch.chdir(tmp_path)
+    random_frames(monkeypatch)
     Path("maskers").mkdir()
-    teachers, args = [], {"frames": 4, "test_frames": 4, "steps": 3, "batch_size": 4, "overlay_images": 20, "output": "maskers"}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), envs.start_worker) as pool:
-        for coefficient in (0.0, 0.0, 100.0):
-            torch.manual_seed(1)
-            Path("maskers/student.pt").touch()
-            given = phase1.Args(env="cartpole_swingup", reconstruction_coef=coefficient, **args)
-            phase1.train(given, "the pole", {}, torch.device("cpu"), False, pool)
-            assert sorted(path.name for path in Path("maskers").iterdir()) == ["frames.npz", "teacher.pt"]
-            teachers.append(envs.load_tensors(Path("maskers/teacher.pt"))["state_dict"]["stem.weight"])
-    assert torch.equal(teachers[0], teachers[1]) and not torch.equal(teachers[0], teachers[2])
+    teachers, args = [], {"frames": 8, "steps": 3, "batch_size": 4, "overlay_images": 10, "output": "maskers"}
+    for changed in ({}, {}, {"reconstruction_coef": 100.0}, {"seed": 2}):
+        torch.manual_seed(len(teachers))  # as if a segmenter's models had drawn something
+        Path("maskers/student.pt").touch()
+        phase1.train(phase1.Args(env="cartpole_swingup", **args | changed), "the pole", {}, torch.device("cpu"), False, None)
+        assert sorted(path.name for path in Path("maskers").iterdir()) == ["frames.npz", "teacher.pt"]
+        teachers.append(envs.load_tensors(Path("maskers/teacher.pt"))["state_dict"]["stem.weight"])
+    assert torch.equal(teachers[0], teachers[1]) and len({tuple(teacher.flatten().tolist()) for teacher in teachers}) == 3
+    with pytest.raises(envs.UserError, match="the loss is nan; give a lower --learning-rate"):
+        phase1.train(phase1.Args(env="cartpole_swingup", **args | {"learning_rate": 1e30}), "the pole", {}, torch.device("cpu"), False, None)
+
+
+def test_a_student_is_of_its_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TALAS_OVERLAY", raising=False)
+    frames = np.random.default_rng(1).integers(256, size=(8, 3, 84, 84), dtype=np.uint8)
+    envs.save_tensors(Path("teacher.pt"), {"env_id": "walker_walk", "image_size": 84, "prompt": "", "state_dict": phase2.Masker().state_dict()})
+    np.savez("frames.npz", train_frames=frames, test_clean=frames, test_masks=np.zeros((8, 84, 84), bool))
+    students = []
+    for seed in (1, 1, 2):
+        phase2.main(phase2.Args(env="walker_walk", maskers=".", seed=seed, steps=2, batch_size=4, overlay_images=20))
+        students.append(envs.load_tensors(Path("student.pt"))["state_dict"]["stem.weight"])
+    assert torch.equal(students[0], students[1]) and not torch.equal(students[0], students[2])
+
+
+def test_frames_without_a_mask_are_not_taught(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen = random_frames(monkeypatch)
+    masks = seen["masks"].copy()
+    masks[[1, 4, 5]] = False
+    args = phase1.Args(env="walker_walk", steps=2, batch_size=4, overlay_images=10, segmenter="masks", output="out")
+    phase1.train(args, "the walker", {"walker": masks}, torch.device("cpu"), False, None)
+    with np.load("out/frames.npz") as archive:
+        assert np.array_equal(archive["train_frames"], seen["clean"][[0, 2, 3, 6, 7]])
+    assert "3 of 8 frames" in capsys.readouterr().out
+
+
+def test_random_states_are_of_fresh_and_held_actions_and_spread_ones_are_settled(make, monkeypatch):
+    env, actions, held = make("cartpole_swingup"), [], []
+    step = env.task.step
+    monkeypatch.setattr(env.task, "step", lambda action: (actions.append(action.tobytes()), step(action))[1])
+    for seed in range(8):
+        actions.clear()
+        list(phase1.visit_states(env, "random", 10, np.random.default_rng(seed)))
+        held.append(len(set(actions)) / len(actions))
+    assert max(held) == 1 and min(held) < 0.5
+    assert len({round(env.data.time, 3) for _ in phase1.visit_states(env, "spread", 20, np.random.default_rng(0))}) == 6  # of no to five steps

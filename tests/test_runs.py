@@ -9,21 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from commands import PHASE1, RL, ROOT, SMALL, children, finish, is_running, metrics, only, returns, run, start, wait_for
+import tyro
+from commands import RL, ROOT, SMALL, children, finish, is_running, metrics, only, returns, start, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 import envs
 import talas_asymmetric_sac as rl
 import talas_phase1 as phase1
+from benchmarks import train_all
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -33,6 +36,8 @@ def test_ctrl_c_in_the_middle_of_the_loop(tmp_path):
     process = start(RL, *SMALL[1:], "--env=cartpole_swingup", "--action-repeat=50", *args, cwd=tmp_path)
     wait_for(process, tmp_path, "runs/*/resume/0*20.state.pt")
     workers = children(process.pid)
+    for pid in workers:  # a terminal tells them as well
+        os.kill(pid, signal.SIGINT)
     process.send_signal(signal.SIGINT)
     out, err = finish(process, 130, timeout=20)
     assert f"stopped; to go on: python {ROOT}/{RL}.py --resume runs/" in out and "Traceback" not in err
@@ -69,9 +74,19 @@ def short(tmp_path, monkeypatch):
     return lambda *other: rl.main(*rl.read_args([*args, *other]))
 
 
-@pytest.mark.parametrize(("what", "holds"), [("a loss", "obs"), ("an action", "pixels"), ("a reward or an observation", "rewards")])
-def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, short, what, holds):
-    act, step_wait, steps = rl.Agent.act, gym.vector.AsyncVectorEnv.step_wait, []
+NOT_FINITE = [("a loss", "obs", "4[3-5]"), ("an action", "pixels", 42), ("a reward or an observation", "rewards", 45), ("a weight", None, 60)]
+
+
+@pytest.mark.parametrize(("what", "holds", "step"), NOT_FINITE)
+def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, short, what, holds, step):
+    act, update, step_wait, steps = rl.Agent.act, rl.Agent.update, gym.vector.AsyncVectorEnv.step_wait, []
+
+    def spoil(self, batch):
+        metrics = update(self, batch)
+        steps.append(metrics)
+        if len(steps) == 18:  # the last before a checkpoint
+            self.encoder[0].weight.data[0] = np.nan
+        return metrics
 
     def wait(self, timeout):
         obs, rewards, *rest = step_wait(self, timeout)
@@ -82,11 +97,14 @@ def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, short, what, ho
         monkeypatch.setattr(rl.Agent, "act", lambda self, *seen, mean: act(self, *seen, mean=mean) * np.nan)
     if "reward" in what:
         monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step_wait", wait)
-    with pytest.raises(envs.UserError, match=f"step 4[2-5]: {what} is infinite or not a number"):
+    if what == "a weight":
+        monkeypatch.setattr(rl.Agent, "update", spoil)
+    with pytest.raises(envs.UserError, match=f"step {step}: {what} is infinite or not a number"):
         short(*(["--critic-lr=1e9"] if what == "a loss" else []))
     folder = only(tmp_path, "runs/*")
-    assert holds in envs.load_tensors(folder / "not_finite.pt")
-    state = envs.load_tensors(only(folder, "resume/0*40.state.pt"))
+    assert (folder / "not_finite.pt").is_file() and (not holds or holds in envs.load_tensors(folder / "not_finite.pt"))
+    state = envs.load_tensors(sorted(folder.glob("resume/*.state.pt"))[-1])
+    assert state["progress"]["step"] == 40
     assert all(weight.isfinite().all() for weight in state["agent"].values())
 
 
@@ -98,7 +116,7 @@ def test_a_worker_that_hangs_twice_ends_the_run_and_it_goes_on_later(tmp_path, m
     def stop(*args):
         add_step(*args)
         calls.append(args)
-        if len(calls) in (45, 50):  # step 45, and from 40 on step 45 again
+        if len(calls) in (40, 45):  # at step 40, an episode's end, so that the next reset is waited for; and five steps later
             monkeypatch.setattr(rl, "PATIENCE", 2)
             for process in multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGSTOP)
@@ -127,6 +145,8 @@ def test_media_that_are_gone_cost_an_evaluation_and_not_the_run(tmp_path, monkey
     def gone(*_):
         raise envs.UserError("--distractors media: no such folder")
 
+    began = []
+    monkeypatch.setattr(rl, "SummaryWriter", lambda *args, purge_step: (began.append(purge_step), SummaryWriter(*args, purge_step=purge_step))[1])
     monkeypatch.setattr(rl, "evaluate", gone)
     with pytest.raises(envs.UserError, match=r"--distractors media: no such folder; when that is mended, to go on: .* --resume runs/"):
         short("--eval-every=20")
@@ -135,6 +155,8 @@ def test_media_that_are_gone_cost_an_evaluation_and_not_the_run(tmp_path, monkey
     folder = only(tmp_path, "runs/*")
     rl.main(*rl.read_args([f"--resume={folder}"]))
     assert metrics(folder)["eval/train/return_mean"] == 1.0 and len(returns(folder)) == 3
+    assert began == [1, 61]  # TensorBoard forgets what came after the checkpoint
+    assert metrics(folder)["train/seconds"] >= float(returns(folder)[-1]["seconds"]) > 0
 
 
 def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
@@ -187,67 +209,60 @@ def test_curves_that_cannot_be_written_cost_only_themselves(tmp_path, monkeypatc
     assert metrics(folder)["train/updates"] == 18 and "eval/train/return_mean" in (folder / "evaluations.csv").read_text()
 
 
-def test_several_environments_in_the_textbooks_order(tmp_path, short):
-    """Whole steps of all of them, an update per agent step, and every environment's episodes in the table."""
-    short("--total-timesteps=41", "--num-envs=2", "--no-overlap")
-    folder = only(tmp_path, "runs/*")
-    figures, rows = metrics(folder), returns(folder)
-    assert (figures["train/steps"], figures["train/updates"]) == (42, 42 - 33)
-    assert [(row["step"], row["env"], row["length"]) for row in rows] == [("40", "0", "20"), ("40", "1", "20")]
-    assert rows[0]["return"] != rows[1]["return"]
+def test_weights_and_biases_gets_what_tensorboard_gets(tmp_path, monkeypatch, short):
+    asked = []
+    fake = SimpleNamespace(__spec__=object(), init=lambda **given: asked.append(given))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    short("--track", "--wandb-project-name=mine")
+    (given,) = asked
+    run = only(tmp_path, "runs/*").name
+    assert (given["project"], given["name"], given["id"], given["sync_tensorboard"]) == ("mine", run, run, True) and given["config"]["track"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(rl.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(envs.UserError, match="--track needs Weights & Biases: pip install wandb"):
+        short("--track")
 
 
-def test_without_masker(tmp_path):
-    """SAC with random shift: no masker is made, nothing is masked."""
-    args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings", "train", "procedural", "--precision=fp32"]
-    run(RL, *SMALL, "--env=cartpole_swingup", "--action-repeat=50", *args, "--overlay=nowhere", cwd=tmp_path)  # clean views look at no photograph
-    folder = only(tmp_path, "runs/*")
-    assert folder.name.startswith("cartpole_swingup__talas__1__")
-    figures = metrics(folder)
-    assert figures["train/updates"] == 8
-    assert {"eval/train/return_mean", "eval/procedural/return_mean"} <= figures.keys()
-    assert not [key for key in figures if "video" in key or "iou" in key]
-    film = np.stack([np.asarray(frame) for frame in imageio.get_reader(folder / "train.mp4")])
-    assert film[:, :, 340:668].min() > 250  # the mask is white
+class Enough(Exception):
+    """Enough was seen."""
 
 
-def test_without_any_masker_both_phases_are_run(tmp_path):
-    """From the first, with the flags that concern them; if that fails, no second."""
-    args = ["--env=cartpole_swingup", "--overlay=nowhere", "--distractors=.", "--eval-settings", "train"]
-    out, err = finish(start(RL, *SMALL, *args, cwd=tmp_path), 1)
-    assert "$ python talas_phase1.py --env=cartpole_swingup --overlay=nowhere --overlay-images=20 --device=auto --distractors=.\n" in out
-    assert "nowhere: no such folder" in err and "talas_phase1.py failed" in err and "talas_phase2.py" not in out + err
-
-
-def test_media_with_some_settings_only(tmp_path):
+def test_media_with_some_settings_only(tmp_path, monkeypatch):
     """Phase I reports on the video settings that are there."""
-    (tmp_path / "media").mkdir()
-    args = ["--env=cartpole_swingup", "--frames=4", "--test-frames=4", "--steps=1", "--overlay-images=20", "--distractors=media"]
-    run(PHASE1, *args, cwd=tmp_path)
-    assert not [key for key in metrics(only(tmp_path, "runs/*__phase1__*")) if "video" in key]
+    asked = []
+
+    def collect(args, prompt, counts, settings, pool):
+        asked.append(settings)
+        raise Enough
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(phase1, "collect", collect)
+    for folder in ("media", "media/video_hard", "media/video_easy"):
+        Path(folder).mkdir()
+        with pytest.raises(Enough):
+            phase1.main(phase1.Args(env="cartpole_swingup", overlay_images=20, distractors="media"))
+    assert asked == [("procedural",), ("procedural", "video_hard"), ("procedural", "video_easy", "video_hard")]
 
 
 def test_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
-    """Two processes collect what one does, clip by clip, and in the same order."""
+    """Two collect what this one does, clip by clip, and in the same order."""
     monkeypatch.setattr(phase1, "CLIP", 3)
     args, counts = phase1.Args(env="cartpole_swingup", seed=3), {"spread": 5, "random": 4}
-    pools = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"), initializer=envs.start_worker)
-    with pools(1) as one, pools(2) as two:
-        a, b = (phase1.collect(args, "the cart and the pole", counts, ("procedural",), pool) for pool in (one, two))
+
+    class Here:
+        def submit(self, *call):
+            done = Future()
+            done.set_result(call[0](*call[1:]))
+            return done
+
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), envs.start_worker) as two:
+        a, b = (phase1.collect(args, "the cart and the pole", counts, ("procedural",), pool) for pool in (Here(), two))
+    phase1.make_env_once.cache_clear()
     assert a.keys() == b.keys() == {"clean", "masks", "procedural"}
     assert a["clean"].shape == (9, 3, 84, 84) and a["masks"].shape == (9, 84, 84)
     assert all(np.array_equal(a[key], b[key]) for key in a)
     assert len({frame.tobytes() for frame in a["clean"]}) == 9
     assert (a["procedural"] != a["clean"]).any(1)[~a["masks"]].mean() > 0.5
-
-
-@pytest.fixture
-def one_thread():
-    """As a worker has: two add up in another order, and over an episode the last bits grow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_evaluation_plays_every_episode_once(tmp_path, one_thread):
@@ -292,22 +307,36 @@ def test_success_is_an_episodes(tmp_path):
     env.close()
 
 
-def test_train_all_runs_what_is_not_finished(tmp_path):
-    """One table of all runs' figures; a second call runs nothing again; a run that fails is named."""
-    flags = " ".join([*SMALL, "--action-repeat=50", "--eval-settings train"])
-    args = ["--envs", "cartpole_swingup", "--variants", "sac", "--output=table.csv", f"--flags={flags}"]
-    run("benchmarks/train_all", *args, cwd=tmp_path)
+def test_train_all_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):
+    """Here SAC with random shift: no masker is made, nothing is masked, no photograph looked at. One table of all runs' figures; a second call runs
+    nothing again; a run that fails is named."""
+    monkeypatch.chdir(tmp_path)
+    flags = " ".join([*SMALL, "--action-repeat=50", "--eval-settings train procedural --precision=fp32 --overlay=nowhere"])
+
+    def call(*more: str) -> None:
+        args = ["--envs", "cartpole_swingup", "--variants", "sac", "--output=table.csv", f"--flags={flags}", *more]
+        train_all.main(tyro.cli(train_all.Args, args=args))
+
+    call()
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = metrics(only(tmp_path, "runs/cartpole_swingup__sac__1__*"))
+    folder = only(tmp_path, "runs/cartpole_swingup__sac__1__*")
+    expected = metrics(folder)
+    assert expected["train/updates"] == 8 and {"eval/train/return_mean", "eval/procedural/return_mean"} <= expected.keys()
+    assert not [key for key in expected if "video" in key or "iou" in key] and not (tmp_path / "runs/maskers").exists()
+    film = np.stack([np.asarray(frame) for frame in imageio.get_reader(folder / "train.mp4")])
+    assert film[:, :, 340:668].min() > 250  # the mask is white
     assert {row["figure"]: float(row["value"]) for row in rows} == pytest.approx(expected, rel=1e-3)
     assert {(row["env"], row["variant"], row["seed"]) for row in rows} == {("cartpole_swingup", "sac", "1")}
     before = (tmp_path / "table.csv").read_text()
-    out, err = finish(start("benchmarks/train_all", *args, "--seeds", "1", "-1", cwd=tmp_path), 1)
+    capsys.readouterr()
+    with pytest.raises(envs.UserError, match="1 of 2 runs failed: cartpole_swingup__sac__-1"):
+        call("--seeds", "1", "-1")
+    out = capsys.readouterr().out
     assert "cartpole_swingup__sac__1: finished before" in out and "1 runs, 1 at a time\n" in out
-    assert "1 of 2 runs failed: cartpole_swingup__sac__-1" in err and "Traceback" not in err
     only(tmp_path, "runs/cartpole_swingup__sac__1__*")
-    _, err = finish(start("benchmarks/train_all", *args, "--name=other_", "--memory=0.1", cwd=tmp_path), 1)
-    assert err.startswith("error: one run is expected to take ") and "of 0.1" in err
-    _, err = finish(start("benchmarks/train_all", *args, "--name=other_", "--seeds", "-1", cwd=tmp_path), 1)  # another sweep leaves this one's rows
-    assert "cartpole_swingup__other_sac__-1" in err and (tmp_path / "table.csv").read_text() == before
+    with pytest.raises(envs.UserError, match=r"one run is expected to take .* of 0\.1"):
+        call("--name=other_", "--memory=0.1")
+    with pytest.raises(envs.UserError, match="cartpole_swingup__other_sac__-1"):
+        call("--name=other_", "--seeds", "-1")
+    assert (tmp_path / "table.csv").read_text() == before  # another sweep leaves this one's rows

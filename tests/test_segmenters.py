@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from commands import PHASE1, ROOT, finish, metrics, mistake, only, run, start
+from commands import PHASE1, ROOT, finish, metrics, only, run, start
 
 import envs
 import talas_phase1 as phase1
@@ -74,6 +74,13 @@ def test_thresholds(models):
     assert not phase1.load_sam(arguments(models, box_threshold=ODD, iou_threshold=0.6), CPU)(frames, ["hand"]).any()
 
 
+def test_the_surest_boxes_count(models, monkeypatch):
+    frames = np.stack([odd_cell(0, 2)])
+    sure = phase1.load_sam(arguments(models, box_threshold=ODD), CPU)(frames, ["hand"])
+    monkeypatch.setattr(phase1, "MOST_BOXES", 1)
+    assert (phase1.load_sam(arguments(models, box_threshold=0.0), CPU)(frames, ["hand"]) == sure).all() and sure.any()
+
+
 def test_the_detector_sees_red_as_red(monkeypatch, tmp_path):
     """OpenCV reads and writes blue first; the models want red first."""
     monkeypatch.chdir(tmp_path)
@@ -99,7 +106,7 @@ def test_a_batch_is_its_frames(models):
 
 
 # ------------------------------------------------------------------------------------------------------------ from the command line
-def test_sam_makes_a_teacher(models, tmp_path):
+def test_sam_makes_a_teacher(models, tmp_path, monkeypatch, capsys):
     """The second time nothing is segmented, because the masks are there; half of them gone, half are made again."""
     weights = [f"--detector={models / 'dino'}", f"--sam-checkpoint={models / 'sam.pth'}", "--box-threshold=0.01", "--segment-size=128"]
     small = ["--segment-frames=4", "--test-frames=4", "--steps=3", "--batch-size=4", "--overlay-images=20", "--env=walker_walk", "--segmenter=sam"]
@@ -121,9 +128,9 @@ def test_sam_makes_a_teacher(models, tmp_path):
         assert len(archive["train_frames"]) <= found  # a mask of a pixel or two may be lost on the way down
 
     shutil.rmtree(sorted(masks.iterdir())[0])
-    shutil.rmtree(folder)
-    out, err = finish(start(PHASE1, *small, *weights, "--prompt=the walker", cwd=tmp_path, **path))
-    assert "1/1" in err.split("segment:", 1)[1]
+    monkeypatch.chdir(tmp_path)
+    phase1.run_sam(arguments(models, "dino", env="walker_walk", segment_frames=4, box_threshold=0.01), ["walker"], CPU, None)
+    assert "1/1" in capsys.readouterr().err.split("segment:", 1)[1]
     again = {path.relative_to(masks): path.stat().st_mtime_ns for path in masks.rglob("*.png")}
     assert again.keys() == made.keys()
     assert sum(again[path] != made[path] for path in made) == 1
@@ -315,7 +322,24 @@ def test_another_yardstick_is_said(exported, monkeypatch, capsys):
 
 def test_masks_of_other_frames_do_not_fit(exported):
     """Another seed, another length of sequences: other frames."""
-    assert "hammer_seed2_16frames_0000: 16 of 16 masks are missing" in mistake(PHASE1, *IMPORT, "--masks=the_hand", "--seed=2", cwd=exported)
+    args = phase1.Args(env="hammer", segmenter="masks", masks=(str(exported / "the_hand"),), segment_frames=48, sequence_length=16, seed=2)
+    with pytest.raises(UserError, match="hammer_seed2_16frames_0000: 16 of 16 masks are missing"):
+        phase1.masks_by_phrase(args, "the hand", CPU, None, 84)
+
+
+def test_masks_come_down_by_area(tmp_path):
+    """Of four pixels one, in each corner in turn, is too little, and three are enough."""
+    args = phase1.Args(env="hammer", sequence_length=1, segment_frames=1)
+    (folder := tmp_path / phase1.sequence_names(args)[0]).mkdir()
+    for most in (False, True):
+        mask, i = np.full((168, 168), most), np.arange(84)
+        for row in range(84):
+            mask[2 * row + i // 2 % 2, 2 * i + (i + row) % 2] = not most
+        mask[:2, :2] = not most  # else all are empty
+        cv2.imwrite(str(folder / "00000.png"), np.uint8(mask) * 255)
+        expected = np.full((84, 84), most)
+        expected[0, 0] = not most
+        assert np.array_equal(phase1.read_masks(args, tmp_path, 84)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ import csv
 import dataclasses
 import functools
 import inspect
+import json
 import math
+import multiprocessing
+import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from counting import Counting
 
 import envs
 import talas_asymmetric_sac as rl
@@ -661,29 +665,6 @@ def test_a_replay_without_its_beginning():
     assert (restored.history[transitions(restored)] >= 12).all() and len(transitions(restored)) == 5 + 2
 
 
-class Counting(gym.Env):
-    """Frames that say when they are: episode and step; the reward is the step's number."""
-
-    observation_space = gym.spaces.Dict(pixels=gym.spaces.Box(0, 255, (9, 4, 5), np.uint8), proprio=gym.spaces.Box(-9, 9, (1,), np.float32))
-    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-
-    def __init__(self, length: int, ends: str):
-        self.length, self.ends, self.episode = length, ends, -1
-
-    def look(self) -> dict[str, np.ndarray]:
-        frames = [np.full((3, 4, 5), 8 * self.episode + max(self.t + k, 0), np.uint8) for k in (-2, -1, 0)]
-        return {"pixels": np.concatenate(frames), "proprio": np.array([self.t], np.float32)}
-
-    def reset(self, *, seed=None, options=None):
-        self.episode, self.t = self.episode + 1, 0
-        return self.look(), {"episode": self.episode}
-
-    def step(self, action):
-        self.t += 1
-        over = self.t == self.length
-        return self.look(), float(self.t), over and self.ends == "terminated", over and self.ends == "truncated", {}
-
-
 def test_vector_environments_leave_transitions_only():
     """Episodes that end at different times, their resets the loop's: as many transitions as steps were made, none across episodes or environments."""
     lengths, ends, device = (1, 3, 5), ("truncated", "terminated", "truncated"), torch.device("cpu")
@@ -717,7 +698,8 @@ def test_vector_environments_leave_transitions_only():
 @pytest.fixture(scope="module", params=["overlap", "textbook"])
 def looped(request, tmp_path_factory):
     """Two episodes of each of two environments, the second with updates: the run, its replay, what each batch was drawn from, and who acted how."""
-    cwd, asked, acted = tmp_path_factory.mktemp("looped"), [], []
+    cwd, asked, acted, compiled, updates, evaluated = tmp_path_factory.mktemp("looped"), [], [], [], [], []
+    textbook = request.param == "textbook"  # and, as if compiled, to whole steps of both
     for seed, name in enumerate(("student", "teacher")):
         checkpoint = {"env_id": "cartpole_swingup", "image_size": 84, "prompt": "the pole", "state_dict": make_masker(seed).state_dict()}
         envs.save_tensors(cwd / f"{name}.pt", checkpoint)
@@ -725,17 +707,21 @@ def looped(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(rl.Replay, "sample", lambda self, n: (asked.append((n, self, self.n)), sample(self, n))[1])
-        patch.setattr(rl, "evaluate", lambda *_: {})  # at the end of a run, which is not what is looked at here
+        patch.setattr(rl, "evaluate", lambda *given: (evaluated.append(given[3]), {})[1])  # at the end, which is not what is looked at here
+        patch.setattr(torch, "compile", lambda f, **how: (compiled.append(how), lambda batch: (updates.append(batch), f(batch))[1])[1])
         patch.setattr(rl.Agent, "act", lambda *seen, mean: (acted.append((act(*seen, mean=mean), mean)), acted[-1][0])[1])
         args = {"masker_path": ".", "clean_masker": "teacher", "eval_settings": ("train",), "overlay_images": 20, "num_envs": 2}
-        args |= {"total_timesteps": 80, "learning_starts": 40, "action_repeat": 50, "overlap": request.param == "overlap"}
+        args |= {"total_timesteps": 79 if textbook else 80, "learning_starts": 40, "action_repeat": 50, "overlap": not textbook, "compile": textbook}
         rl.main(rl.Args(env="cartpole_swingup", **SMALL | args))
+    assert evaluated == [2] and compiled == [{"options": {"fallback_random": True}}] * textbook and len(updates) == 40 * textbook
     return next(cwd.glob("runs/*")), asked[0][1], [n for size, _, n in asked if size == SMALL["batch_size"]], acted, request.param
 
 
 def test_the_loop_against_two_simulations(looped, make):
     """Replay holds what each environment, with a seed of its own, makes of its actions, with the teacher's masks; the table the sums of rewards."""
     run, replay, _, _, _ = looped
+    figures = json.loads((run / "metrics.json").read_text())
+    assert (figures["train/steps"], figures["train/updates"]) == (80, 40) and run.name.endswith(f"-{os.getpid()}")
     with (run / "returns.csv").open(newline="") as file:
         table = [(row["step"], row["episode"], row["env"], pytest.approx(float(row["return"]), abs=2e-3)) for row in csv.DictReader(file)]
     for i in range(2):
@@ -1075,6 +1061,88 @@ def test_replay_that_is_not_whole_is_not_used(tmp_path):
     live(*again, 1)
     rl.save_state(tmp_path, rl.Progress(step=10), *again, rl.Progress())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000000010.replay.pt", "0000000010.state.pt"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or a crash of the machine may leave the name, and nothing behind it. It says whose it is."""
+    done, calls = [], {"fsync": os.fsync, "replace": os.replace}
+    for name in calls:
+        monkeypatch.setattr(os, name, lambda *args, name=name: (done.append(name), calls[name](*args))[1])
+    envs.save_tensors(tmp_path / "a.pt", {})
+    assert done == ["fsync", "replace"]
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"format": envs.FORMAT, "version": envs.VERSION}
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    (tmp_path / "resume").mkdir()
+    for name in (".4711-checkpoint.pt", "resume/.4711-0000000020.state.pt"):
+        (tmp_path / name).touch()
+    with contextlib.ExitStack() as cleanup:
+        rl.open_run(tmp_path, rl.Args(), cleanup)
+        assert {path.name for path in tmp_path.rglob("*")} == {"resume", "lock", "args.json"}
+
+
+def test_auto_is_the_newest(tmp_path, monkeypatch):
+    """Of the runs that were given these arguments and can be read, whatever may change from one start to the next."""
+    monkeypatch.chdir(tmp_path)
+    typed = ["--env=hammer", "--checkpoint-every=100"]
+    for stamp in ("20260101-000000-1", "20260102-000000-1", "20260103-000000-1"):
+        folder = Path(f"runs/hammer__talas__1__{stamp}")
+        folder.mkdir(parents=True)
+        envs.write_json(folder / "args.json", dataclasses.asdict(rl.read_args(typed)[0]))
+    (folder / "args.json").write_text("{")
+    for other in ("--checkpoint-every=7", "--device=cpu", "--compile", "--cudagraphs"):
+        assert rl.read_args([*typed, "--resume=auto", other])[1].name.endswith("20260102-000000-1")
+
+
+def test_settings_of(monkeypatch):
+    monkeypatch.delenv("TALAS_DISTRACTORS", raising=False)
+    assert rl.settings_of(None, None) == ("train", "procedural") and rl.settings_of(("train",), "media") == ("train",)
+    assert rl.settings_of(None, "media") == ("train", "video_easy", "video_hard")
+
+
+def test_torch_is_set_up_as_asked():
+    for asked in (False, True):
+        envs.set_up_torch("cpu", 7, asked)
+        assert torch.are_deterministic_algorithms_enabled() == asked and torch.initial_seed() == 7
+    torch.use_deterministic_algorithms(False)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+class Seen(Exception):
+    pass
+
+
+@pytest.mark.parametrize("module", [rl, phase1])
+def test_pools_processes_are_workers(monkeypatch, tmp_path, module):
+    """They end with the process that started them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TALAS_DISTRACTORS", raising=False)
+
+    def pool(processes, context, *initializer):
+        raise Seen(*initializer)
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", pool)
+    with pytest.raises(Seen) as seen:
+        list(rl.play_all(Path("x"), rl.Args(), [("train", 0)])) if module is rl else phase1.main(phase1.Args(env="cartpole_swingup"))
+    assert seen.value.args == (envs.start_worker,)
+
+
+def test_an_episode_that_does_not_end(monkeypatch):
+    """A lost process, and no full disk: that would be an OSError."""
+    monkeypatch.setattr(rl, "PATIENCE", 0.05)
+    with pytest.raises(RuntimeError, match="an episode is not over after"), rl.saving("an evaluation"):
+        list(rl.play_all(Path("nowhere.pt"), rl.Args(env="cartpole_swingup"), [("train", 0)]))
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def test_a_lost_video_marks_the_evaluation(monkeypatch):
+    monkeypatch.setattr(rl, "play_all", lambda path, args, jobs: [(float(i), math.nan, [[0.5, 0.6]], [], 3) for i, _ in enumerate(jobs)])
+    figures = rl.evaluate(Path("x"), rl.Args(), ("train", "video_hard"), 2, None)
+    assert figures["eval/video_hard/videos_skipped"] == 3 and figures["eval/video_hard/return_mean"] == 2.5
+    assert (figures["iou/clean"], figures["iou_1px/clean"]) == (0.5, 0.6)
 
 
 def test_a_run_goes_on_with_its_own_masker(tmp_path):

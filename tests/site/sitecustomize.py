@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
-import tiny_models
+if not any("multiprocessing" in argument for argument in sys.orig_argv):  # the processes that it starts segment nothing
+    sys.path.append(str(Path(__file__).parents[1]))
+    import tiny_models
 
-tiny_models.register_sam()
+    tiny_models.register_sam()
