@@ -97,14 +97,13 @@ def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
         raise UserError(f"{path}: no teacher there; run `python talas_phase1.py --env {env_id}` first")
     try:
         checkpoint = envs.load_tensors(path)
-        if (checkpoint["env_id"], checkpoint["image_size"]) != (env_id, 84):
-            raise UserError(f"{path} was made for {checkpoint['env_id']} at {checkpoint['image_size']} pixels, not for {env_id} at 84")
+        made_for, size = checkpoint["env_id"], checkpoint["image_size"]
         teacher = Masker()
         teacher.load_state_dict(checkpoint["state_dict"])
-    except UserError:
-        raise
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"{path}: not a masker of Phase I ({envs.brief(error)})") from None
+    if made_for != env_id or size != 84:
+        raise UserError(f"{path} was made for {made_for} at {size} pixels, not for {env_id} at 84")
     return teacher.requires_grad_(False).eval(), checkpoint
 
 
