@@ -527,7 +527,7 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
     progress = replace(progress, parts=alive | {part: replay.n})
     state = {"progress": asdict(progress), "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
     # All the chance there is in this process; episodes draw theirs from (seed, episode).
-    state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if replay.frames.is_cuda else []}
+    state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(replay.frames.device) if replay.frames.is_cuda else None}
     state |= {"actions": actions.np_random.bit_generator.state}
     envs.save_tensors(folder / f"{progress.step:010}.state.pt", state)
     needed = {f"{each.step:010}.state.pt" for each in (before, progress)}.union(before.parts, progress.parts)
@@ -550,7 +550,8 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
             torch.set_rng_state(state["torch"])
-            torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+            if replay.frames.is_cuda and state["cuda"] is not None:
+                torch.cuda.set_rng_state(state["cuda"], replay.frames.device)
             actions.np_random.bit_generator.state = state["actions"]
             return progress
         except Exception as error:  # damaged files fail in many ways
@@ -864,7 +865,7 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
     for key in vars(args):
         if key not in free and getattr(args, key) != getattr(own, key):
             flag, beside, *allowed = (f"--{name.replace('_', '-')}" for name in (key, *free))
-            raise UserError(f"{flag}: {args.evaluate or run} has its own, {getattr(own, key)}; beside {beside} only {', '.join(allowed)}")
+            raise UserError(f"{flag}: {run or args.evaluate} has its own, {getattr(own, key)}; beside {beside} only {', '.join(allowed)}")
     return args, run
 
 

@@ -152,7 +152,7 @@ def main(args: Args) -> None:
             frames, tests = archive["train_frames"], {key[5:]: archive[key] for key in archive.files if key.startswith("test_")}
         tests["clean"], tests["masks"]  # a KeyError now rather than after the training
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"{folder}/frames.npz: cannot be read ({envs.brief(error)}); run Phase I again") from None
+        raise UserError(f"{folder}/frames.npz: cannot be read ({envs.brief(error)}); bring the teacher's own, or run Phase I again") from None
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "train").to(device)  # Phase I kept the others for its overlay test
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     run.mkdir(parents=True, exist_ok=True)

@@ -985,9 +985,6 @@ def test_a_run_goes_on_from_its_newest_good_state(tmp_path, capsys, damage):
         (tmp_path / "0000000080.replay.pt").write_bytes(data)
     if damage == "missing":
         (tmp_path / "0000000080.replay.pt").unlink()
-    if damage == "layout":  # of code before or after this
-        path = tmp_path / "0000000080.state.pt"
-        envs.save_tensors(path, envs.load_tensors(path) | {"layout": 1})
     if damage == "content":  # it can be read, replay and all, but is of another agent
         path = tmp_path / "0000000080.state.pt"
         envs.save_tensors(path, envs.load_tensors(path) | {"agent": {}})
