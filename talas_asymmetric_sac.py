@@ -682,8 +682,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     # ---- the frozen maskers, the photographs, the agent
     needed = [] if args.masker == "none" else list(dict.fromkeys((args.masker, clean)))
-    own = replace(args, masker_path=str(kept)) if all((kept / f"{which}.pt").is_file() for which in needed) else args  # a resumed run has copies
-    found = {which: find_masker(own, which, device) for which in needed}
+    copied = [which for which in needed if (kept / f"{which}.pt").is_file()]  # a resumed run has copies
+    found = {which: find_masker(replace(args, masker_path=str(kept)) if which in copied else args, which, device) for which in needed}
     masker, about = found.get(args.masker, (None, {"prompt": None, "segmenter": None}))
     clean_masker = found.get(clean, (None,))[0]
     both = "both" in (args.critic_views, args.actor_views)
@@ -710,7 +710,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
     kept.mkdir(exist_ok=True)
-    for which in needed if own is args else ():  # whatever becomes of their folder, the run goes on with the maskers that replay's masks are of
+    for which in set(needed) - set(copied):  # whatever becomes of their folder, the run goes on with the maskers that replay's masks are of
         with saving("a copy of the masker"):
             source = Path(args.masker_path or f"runs/maskers/{args.env}") / f"{which}.pt"
             envs.write_whole(kept / source.name, partial(shutil.copyfile, source))
@@ -727,10 +727,10 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     tables = [(run / name).open("a", newline="", buffering=1) for name in ("returns.csv", "evaluations.csv")]
     returns, evaluations = map(csv.writer, tables)
     heads = ["step", "episode", "return", "length", "success", "seconds", "env"], ["step", "figure", "value"]
-    for table, size, head in zip(tables, progress.sizes, heads, strict=True):
+    for table, rows, size, head in zip(tables, (returns, evaluations), progress.sizes, heads, strict=True):
         cleanup.callback(saving(Path(table.name).name)(table.close))  # not as a context: on a full disk it would hide why the run ends
         if not table.truncate(min(size, table.tell())):  # somebody may have moved it; longer, it would be filled up with zeros
-            csv.writer(table).writerow(head)
+            rows.writerow(head)
 
     def log(figures: dict[str, float | torch.Tensor]) -> None:
         with curves():

@@ -200,7 +200,7 @@ def main(args: Args) -> None:
         ways[title] = lambda which=which: which.update(replay.sample(args.batch_size))
     default = f"masked, {fast}, channels_last"
     if args.compile:
-        compiled = torch.compile(build(args, spaces, photos, True, fast, True).update, options={"fallback_random": True})
+        compiled = torch.compile(agent.update, options={"fallback_random": True})
         ways[f"{default}, compiled"] = lambda: compiled(replay.sample(args.batch_size))
     if device.type == "cuda":
         from tensordict.nn import CudaGraphModule

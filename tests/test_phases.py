@@ -120,6 +120,15 @@ def test_what_the_student_is_taught(tmp_path, monkeypatch, kind):
     assert masks.std() > 0.05 and sum(moved) in range(11, 17) and not any(moved[b] for b in range(32) if b % 8 < 4)
 
 
+def random_frames(monkeypatch, n: int = 8) -> dict[str, np.ndarray]:
+    """What collect returns from now on."""
+    monkeypatch.delenv("TALAS_OVERLAY", raising=False)
+    rng = np.random.default_rng(1)
+    seen = {"clean": rng.integers(256, size=(n, 3, 84, 84), dtype=np.uint8), "masks": rng.random((n, 84, 84)) < 0.5}
+    monkeypatch.setattr(phase1, "collect", lambda *_: dict(seen))
+    return seen
+
+
 class Enough(Exception):
     """Enough steps were seen."""
 
@@ -144,10 +153,8 @@ def test_how_fast_the_phases_learn(tmp_path, monkeypatch, phase, steps, default,
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     if default:
         monkeypatch.setitem(envs.TASKS, "walker_walk", dataclasses.replace(envs.TASKS["walker_walk"], student_steps=default))
-    rng = np.random.default_rng(1)
-    frames, masks = rng.integers(256, size=(8, 3, 84, 84), dtype=np.uint8), rng.random((8, 84, 84)) < 0.5
+    frames, masks = random_frames(monkeypatch).values()
     if phase is phase1:
-        monkeypatch.setattr(phase1, "collect", lambda *_: {"clean": frames, "masks": masks})
         args = phase1.Args(env="walker_walk", frames=8, steps=steps, batch_size=4, overlay_images=10, reconstruction_coef=100)
         phase1.train(args, "the walker", {}, torch.device("cpu"), False, None)
     else:
@@ -178,15 +185,6 @@ def test_a_clip_is_of_its_prompt_and_seed():
         assert 0 < pole["masks"].sum() < both["masks"].sum() - 4 * 20
         shown = [{frame.tobytes() for frame in seen["clean"]} for seen in (pole, clip(kind, settings=("procedural",)), clip(kind, seed=2))]
         assert len(set.union(*shown)) == 12
-
-
-def random_frames(monkeypatch, n: int = 8) -> dict[str, np.ndarray]:
-    """What collect returns from now on."""
-    monkeypatch.delenv("TALAS_OVERLAY", raising=False)
-    rng = np.random.default_rng(1)
-    seen = {"clean": rng.integers(256, size=(n, 3, 84, 84), dtype=np.uint8), "masks": rng.random((n, 84, 84)) < 0.5}
-    monkeypatch.setattr(phase1, "collect", lambda *_: dict(seen))
-    return seen
 
 
 def test_a_new_teacher_replaces_the_old_student(tmp_path, monkeypatch):

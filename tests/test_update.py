@@ -1142,6 +1142,23 @@ def test_a_lost_video_marks_the_evaluation(monkeypatch):
     assert (figures["iou/clean"], figures["iou_1px/clean"]) == (0.5, 0.6)
 
 
+def test_a_run_that_has_one_copy_of_two_maskers_takes_that_one(tmp_path, monkeypatch, make):
+    """As when it was killed between the two: the other comes from where the first one came from."""
+    asked = {}
+
+    def find(args, which, device):
+        asked[which] = args.masker_path
+        if len(asked) == 2:
+            raise Seen
+
+    monkeypatch.setattr(rl, "find_masker", find)
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume/student.pt").touch()
+    with pytest.raises(Seen), contextlib.ExitStack() as cleanup:
+        rl.train(rl.Args(clean_masker="teacher", masker_path="maskers"), tmp_path, ("train",), make("walker_walk"), torch.device("cpu"), cleanup)
+    assert asked == {"student": str(tmp_path / "resume"), "teacher": "maskers"}
+
+
 def test_a_run_goes_on_with_its_own_masker(tmp_path):
     """Replay's masks are that one's, in whatever precision the run goes on."""
     run, other = make_run(1), make_run(1)
