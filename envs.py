@@ -408,6 +408,7 @@ class AdroitTask(Loader):
         self.env_id, self.dense, self.spec = env_id, reward == "dense", _ADROIT[env_id]
         self.model, self.data = self.env.model, self.env.data
         self.model.vis.quality.shadowsize = 2048  # the suite's; 4096 take a third more time, for two pixels in a thousand
+        self.model.vis.quality.offsamples = 4  # the suite's as well, and what segment counts on
         self.hand = slice(self.spec["hand"], self.spec["hand"] + 24)
         camera, (position, euler) = self.model.cam("vil_camera"), self.spec["camera"]
         camera.pos, camera.fovy = position, 45
@@ -585,7 +586,7 @@ class TalasEnv(gym.Env):
                 self.task.key("easy" if setting == "video_easy" else "hard")
         except KeyError:  # Adroit has no sky and hardly any ground in view
             raise UserError(f"{self.env_id} has not the textures skybox and grid, which {setting} repaints: choose another setting") from None
-        self._renderer: mujoco.Renderer | None = None
+        self._renderers: dict[int, tuple[mujoco.Renderer, weakref.finalize]] = {}  # by their pictures' size
         self._background: np.ndarray | None = None  # (T, H, W, 3) uint8: the episode's video
         self._frames: deque[np.ndarray] = deque(maxlen=frame_stack)
         self._episode, self._step = first_episode - 1, 0
@@ -639,23 +640,30 @@ class TalasEnv(gym.Env):
         pixels = np.concatenate(self._frames, axis=2).transpose(2, 0, 1)  # (3k, H, W), oldest frame first
         return {"pixels": np.ascontiguousarray(pixels), "proprio": self.task.proprio()}
 
-    def _render(self, option: mujoco.MjvOption | None = None) -> np.ndarray:
-        if self._renderer is None:
-            self.model.vis.global_.offwidth = self.model.vis.global_.offheight = self.size
+    def _render(self, segmented: bool = False) -> np.ndarray:
+        """The present scene as (H, W, 3) uint8; or, four times as high and wide, as (4 H, 4 W, 2) int32, what is where: its id and its type."""
+        size = 4 * self.size if segmented else self.size
+        if size not in self._renderers:
+            self.model.vis.global_.offwidth = self.model.vis.global_.offheight = size
             try:
-                self._renderer = mujoco.Renderer(self.model, self.size, self.size)
+                renderer = mujoco.Renderer(self.model, size, size)
             except Exception as error:  # what a missing driver raises depends on the backend
                 gl = os.environ.get("MUJOCO_GL")
                 raise UserError(f"MUJOCO_GL={gl} cannot render ({error}): unset it; on Debian or Ubuntu apt-get install libegl1 libgl1") from None
-            self._close = weakref.finalize(self, close_renderer, self._renderer)  # once: by close(), with the environment, or at the exit
-            atexit.register(self._close)  # last in, first out: after this renderer's start, so before EGL's own end
+            closing = weakref.finalize(self, close_renderer, renderer)  # once: by close(), with the environment, or at the exit
+            atexit.register(closing)  # last in, first out: after this renderer's start, so before EGL's own end
+            self._renderers[size] = renderer, closing
+        renderer, option = self._renderers[size][0], mujoco.MjvOption()
+        if segmented:
+            renderer.enable_segmentation_rendering()  # of this renderer, for good
+            option.geomgroup[1] = not self.below_ground  # the A1's floor is alone in group 1
         if self.model.nhfield:  # quadruped_escape's terrain is another in every episode
-            self._renderer._gl_context.make_current()
-            mujoco.mjr_uploadHField(self.model, self._renderer._mjr_context, 0)
+            renderer._gl_context.make_current()
+            mujoco.mjr_uploadHField(self.model, renderer._mjr_context, 0)
         # Twice for an infinite plane (the A1's), which MuJoCo lays out around the camera of the update before: a frame would depend on history.
         for _ in range(2 if self.row.loader == "unitree" else 1):
-            self._renderer.update_scene(self.data, self.row.camera, option)
-        return self._renderer.render()
+            renderer.update_scene(self.data, self.row.camera, option)
+        return renderer.render()
 
     @property
     def below_ground(self) -> bool:
@@ -670,17 +678,18 @@ class TalasEnv(gym.Env):
         return np.where(frame.any(axis=2, keepdims=True), frame, self._background[self._step % len(self._background)])
 
     def segment(self, prompt: str) -> np.ndarray:
-        """(H, W) bool: which pixels of the frame just rendered show what the prompt names. Raises UserError for a phrase it does not know."""
+        """(H, W) bool: which pixels of the frame just rendered show what the prompt names. Raises UserError for a phrase it does not know.
+
+        MuJoCo takes a pixel's colour from four points in it and its segmentation from one, and so would call a third of the pixels that show the cup
+        or its string something else. Here a pixel belongs to all that one of its four points belongs to.
+        """
         wanted = [self._lookup(phrase) for phrase in parse_prompt(prompt)]
-        if self._renderer is None:
+        if not self._renderers:
             raise UserError("segment: no frame has been rendered; reset the environment first")
-        option = mujoco.MjvOption()
-        option.geomgroup[1] = not self.below_ground  # the A1's floor is alone in group 1
-        self._renderer.enable_segmentation_rendering()
-        objects = self._render(option)  # (H, W, 2) int32: id and type
-        self._renderer.disable_segmentation_rendering()
+        objects = self._render(segmented=True).reshape(self.size, 4, self.size, 4, 2)
+        objects = objects[:, (0, 1, 2, 3), :, (2, 0, 3, 1)]  # (4, H, W, 2): OpenGL's usual points, one in each row and column of sixteen
         shown = [(objects[..., 1] == kind) & np.isin(objects[..., 0], ids) for phrase in wanted for kind, ids in phrase.items()]
-        return np.logical_or.reduce(shown)
+        return np.logical_or.reduce(shown).any(0)
 
     def _lookup(self, phrase: str) -> dict[int, list[int]]:
         """The ids that a noun phrase stands for, by MuJoCo's object type. A body stands for its geoms and sites, all bones for a skin."""
@@ -719,10 +728,10 @@ class TalasEnv(gym.Env):
         return [state, *(getattr(self.model, name).copy() for name in self.EPISODE_FIELDS)]
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._close()
-            atexit.unregister(self._close)
-            self._renderer = None
+        for _, closing in self._renderers.values():
+            closing()
+            atexit.unregister(closing)
+        self._renderers.clear()
 
 
 make_env = TalasEnv
