@@ -327,18 +327,19 @@ def test_masks_of_other_frames_do_not_fit(exported):
         phase1.masks_by_phrase(args, "the hand", CPU, None, 84)
 
 
-def test_masks_come_down_by_area(tmp_path):
-    """Of four pixels one, in each corner in turn, is too little, and three are enough."""
+def test_an_eighth_of_a_pixel_is_enough(tmp_path):
+    """Of nine pixels one, in each place in turn, is too little, and two are enough."""
     args = phase1.Args(env="hammer", sequence_length=1, segment_frames=1)
     (folder := tmp_path / phase1.sequence_names(args)[0]).mkdir()
-    for most in (False, True):
-        mask, i = np.full((168, 168), most), np.arange(84)
+    for two in (False, True):
+        mask, i = np.zeros((252, 252), bool), np.arange(84)
         for row in range(84):
-            mask[2 * row + i // 2 % 2, 2 * i + (i + row) % 2] = not most
-        mask[:2, :2] = not most  # else all are empty
+            mask[3 * row + i % 3, 3 * i + (i // 3 + row) % 3] = True
+            mask[3 * row + (i + 1) % 3, 3 * i + i % 3] |= two
+        mask[:2, :2] = True  # else all are empty
         cv2.imwrite(str(folder / "00000.png"), np.uint8(mask) * 255)
-        expected = np.full((84, 84), most)
-        expected[0, 0] = not most
+        expected = np.full((84, 84), two)
+        expected[0, 0] = True
         assert np.array_equal(phase1.read_masks(args, tmp_path, 84)[0], expected)
 
 
