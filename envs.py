@@ -830,8 +830,8 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
     mix (ours):             10% clean, 40% overlay, 50% swap. Not everything beside a photograph is the agent: half of the swaps keep patches or
                             horizontal bands of the scene as well, three of ten its lines and edges (a rail, a shadow). Four of five have the
-                            dark seams of keying: no photograph where the agent covers a part of a pixel. Not everything in its colours is the
-                            agent: three photographs of ten are shifted to its mean colour
+                            dark seams of keying: an edge's pixel is the agent's for one to four of its four points, and black for the others. Not
+                            everything in its colours is the agent: three photographs of ten are shifted to its mean colour
 
     obs: (B, 3k, H, W) uint8, fp32 or (under autocast) bf16 in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns obs's shape, float.
     """
@@ -858,10 +858,12 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     lines &= ~(agent[..., 2:, 1:-1] | agent[..., :-2, 1:-1] | agent[..., 1:-1, 2:] | agent[..., 1:-1, :-2])
     kept = torch.where(patched < 0.5, patches, lines & (patched < 0.8))  # of the scene
     keep = torch.maximum(keep, kept.to(keep.dtype))
-    hide = torch.where(seamed < 0.8, (keep > 0.05).to(keep.dtype), keep)  # where no photograph is: what is half the agent's isn't exactly black
+    framed = F.pad(keep, (1, 1, 1, 1), value=1)
+    across, along = torch.minimum(framed[..., 2:, 1:-1], framed[..., :-2, 1:-1]), torch.minimum(framed[..., 1:-1, 2:], framed[..., 1:-1, :-2])
+    dark = (seamed < 0.8) * (1 - torch.minimum(across, along)) * torch.rand_like(keep) * 0.75  # 0 where no neighbour is beyond the edge
     # Each of the three is one mixture of frames and photograph, its two weights the same for red, green and blue: 1, 0; 1 - α, α; m, 1 - m.
-    of_frames = torch.where(which < 0.1, 1, torch.where(which < 0.5, 1 - alpha, keep)).unsqueeze(2)
-    of_image = torch.where(which < 0.1, 0, torch.where(which < 0.5, alpha, 1 - hide)).unsqueeze(2)
+    of_frames = torch.where(which < 0.1, 1, torch.where(which < 0.5, 1 - alpha, keep * (1 - dark))).unsqueeze(2)
+    of_image = torch.where(which < 0.1, 0, torch.where(which < 0.5, alpha, 1 - keep)).unsqueeze(2)
     return (frames * of_frames).addcmul_(image, of_image).flatten(1, 2)
 
 

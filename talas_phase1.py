@@ -367,7 +367,7 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
             if mask.shape[0] != mask.shape[1]:
                 raise UserError(f"{where}/{name}: wrongly shaped, {mask.shape[1]} by {mask.shape[0]} pixels; the frames are square")
             peak, down = max(peak, int(mask.max())), cv2.INTER_AREA if len(mask) > size else cv2.INTER_NEAREST
-            # An eighth is what TalasEnv.segment's four points find, nearest: IoU 0.96 (cup) to 0.99, where a half has 0.64 to 0.90, and hardly a string.
+            # An eighth comes nearest to TalasEnv.segment's four points: IoU 0.96 (cup) to 0.99; a half has 0.64 to 0.90, and hardly a string.
             masks.append(cv2.resize(np.float32(mask > 127), (size, size), interpolation=down) >= 1 / 8)
     if not np.any(masks):
         hint = "try other words or a lower --box-threshold" if args.segmenter == "sam" else "255 is what the prompt names"
