@@ -576,24 +576,37 @@ def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
     # Three photographs of ten are shifted to the mean colour of the agent: here of 16 pixels and 4 quarters in each of the two frames.
     kept = (m * obs).unflatten(1, (2, 3)).sum((1, 3, 4)).repeat(1, 2) / 34  # (n, 6)
     tinted = (image + (kept - image.mean((2, 3)))[:, :, None, None]).clamp(0, 255)
-    frame, photo, shifted, dark = pixels(obs.float()), pixels(image), pixels(tinted), pixels(m * obs)
+    frame, photo, shifted = pixels(obs.float()), pixels(image), pixels(tinted)
     plain, agentlike = (pixels(0.6 * obs + 0.4 * other).all((1, 2)) for other in (image, tinted))
     overlaid = plain | agentlike
     assert abs(agentlike.float().mean() - 0.3 * 0.4) < 0.03
-    blended = sum(pixels(m * obs + (1 - m) * other) for other in (image, tinted)) > 0
-    seamed = sum(pixels(m * obs + (m == 0) * other).all((1, 2)) for other in (image, tinted)) > 0
-    photo = torch.where(shifted.sum((1, 2), keepdim=True) > photo.sum((1, 2), keepdim=True), shifted, photo)  # one or the other, not some of each
+    recoloured = shifted.sum((1, 2)) > photo.sum((1, 2))  # one or the other, not some of each
+    photo = torch.where(recoloured[:, None, None], shifted, photo)
+    behind = torch.where(recoloured[:, None, None, None], tinted, image)
     clean = frame.all((1, 2))
+
+    def seam(keep):
+        """(n, 12, 12): what share of the (first) frame a pixel has, where `keep` of it is not the photograph; -1 where it is something else."""
+        shares = ((got - (1 - keep) * behind) / (keep * obs)).unflatten(1, (2, 3))
+        share = shares.mean(2)
+        grey = ((shares - share.unsqueeze(2)).abs() < 2e-3).all(2) & (share > 0.249) & (share < 1.001)
+        return torch.where(grey.all(1), share[:, 0], -1)
+
     assert abs(overlaid.float().mean() - 0.4) < 0.03
     assert 0.08 < clean.float().mean() < 0.16  # the tenth, and the patches that leave the whole scene
-    assert abs(seamed.float().mean() - 0.08) < 0.02  # nothing of the scene, a fifth, and seamed, four fifths, of the half
-    assert abs((blended.all((1, 2)) & ~clean).float().mean() - 0.02) < 0.01  # nothing of the scene, not seamed
-    lined = frame[:, 9:].all((1, 2)) & photo[:, [0, 1, 2, 8]].all((1, 2)) & ~seamed & ~clean
+    rest, whole, partial = ~overlaid, seam(torch.ones(1)), seam(torch.tensor(0.25))
+    alone = rest & photo[:, 8:].all((1, 2)) & photo[:, :3].all((1, 2)) & photo[:, :, 7:].all((1, 2)) & photo[:, :, :3].all((1, 2))
+    assert abs(alone.float().mean() - 0.1) < 0.02  # nothing of the scene, a fifth of the half
+    seamed = alone & (whole[:, 7, 3:7] < 0.999).any(1)
+    assert abs(seamed.sum() / alone.sum() - 0.8) < 0.07  # dark seams, in four fifths:
+    for share in (whole[seamed][:, 7, 3:7], partial[seamed][:, 3, 3:7]):  # below the agent, and above it, where a pixel is the agent's by a quarter
+        assert share.min() < 0.27 and share.max() > 0.98 and abs(share.mean() - 0.625) < 0.02
+    assert (partial[alone & ~seamed][:, 3, 3:7] > 0.999).all() and (whole[alone & ~seamed][:, 4:8, 3:7] > 0.999).all()
+    lined = frame[:, 10:].all((1, 2)) & photo[:, [0, 1, 2, 8]].all((1, 2)) & ~clean
     assert abs(lined.float().mean() - 0.15) < 0.03  # the line, and the pixels that touch it
-    rest = ~overlaid
     edge = (m[0, 0] > 0) & (m[0, 0] < 1)
-    assert (frame | photo)[rest][:, ~edge].all()  # every other pixel is the scene's or the photograph's,
-    assert (frame | blended | dark)[rest][:, edge].all()  # and on the agent's edge the scene's (patches), both, or a seam
-    assert frame[rest][:, 4:8, 3:7].all()  # the agent is always kept
-    patched = rest & ~clean & frame[:, :3].any((1, 2))
+    assert (photo | (whole > 0))[rest][:, ~edge].all()  # every other pixel is the photograph's or the scene's, if darker,
+    assert ((partial > 0) | (whole > 0))[rest][:, edge].all()  # and on the agent's edge the scene's (patches), or both
+    assert frame[rest][:, 5:7, 4:6].all()  # the agent is always kept
+    patched = rest & ~clean & (whole > 0)[:, :3].any((1, 2))
     assert 0.15 < patched.float().mean() < 0.3
