@@ -95,7 +95,7 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
 
 
 # Files and processes. What is written is there whole or not at all; what is read is data, never code; who is started ends with who started it.
-VERSION, FORMAT = "0.6.0", 3  # this project's, and that of its maskers and checkpoints
+VERSION, FORMAT = "0.7.0", 3  # this project's, and that of its maskers and checkpoints
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -829,9 +829,9 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     overlay (the paper's):  τ(o) = (1 - α) o + α I
     swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
     mix (ours):             10% clean, 40% overlay, 50% swap. Not everything beside a photograph is the agent: half of the swaps keep patches or
-                            horizontal bands of the scene as well, three of ten its lines and edges (a rail, a shadow). Four of five have the
-                            dark seams of keying: an edge's pixel is the agent's for one to four of its four points, and black for the others. Not
-                            everything in its colours is the agent: three photographs of ten are shifted to its mean colour
+                            horizontal bands of the scene as well, three of ten its lines and edges (a rail, a shadow). Four of five have
+                            seams nearly as keying's, where an edge's pixel is the agent's in part and else black: edges are darkened, each pixel by
+                            itself. Not everything in its colours is the agent: three photographs of ten are shifted to its mean colour
 
     obs: (B, 3k, H, W) uint8, fp32 or (under autocast) bf16 in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns obs's shape, float.
     """

@@ -546,9 +546,12 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
             progress = Progress(**state["progress"])
             for part in progress.parts:
                 replay.restore(envs.load_tensors(folder / part))
+            if replay.n != max(progress.parts.values()):
+                raise ValueError(f"{part} is not the one that it was saved with")
             agent.load_state_dict(state["agent"])
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
+                optimizer.param_groups[0]["capturable"] = agent.args.cudagraphs  # as this start has it, not the saved one
             torch.set_rng_state(state["torch"])
             if replay.frames.is_cuda and state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], replay.frames.device)
@@ -757,7 +760,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     def check(what: str, values: torch.Tensor, **came_from: torch.Tensor) -> None:
         if not values.isfinite().all():
-            envs.save_tensors(run / "not_finite.pt", came_from)
+            with saving(f"{run}/not_finite.pt"):
+                envs.save_tensors(run / "not_finite.pt", came_from)
             raise UserError(f"step {progress.step}: {what} is infinite or not a number; what it came from is in {run}/not_finite.pt")
 
     def check_weights() -> None:
@@ -857,6 +861,7 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
         try:
             own = Args(**json.loads((run / "args.json").read_text()))
             own = replace(own, eval_settings=own.eval_settings and tuple(own.eval_settings))  # JSON has lists only
+            free = ("resume", "distractors", "precision") if own.evaluate else free
         except Exception as error:  # damaged files fail in many ways
             raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {envs.brief(error)})") from None
     else:

@@ -116,6 +116,8 @@ def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tm
     assert (elsewhere.track, elsewhere.device, elsewhere.cudagraphs) == (False, "cpu", False)
     (folder / "args.json").write_text(json.dumps(asdict(args)))
     assert rl.read_args([resume]) == (replace(args, resume=str(folder)), folder)  # an evaluation that was stopped is made once more
+    with pytest.raises(envs.UserError, match="--total-timesteps: "):  # which it has no use for
+        rl.read_args([resume, "--total-timesteps=7"])
 
 
 NUMBERS = [

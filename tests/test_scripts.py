@@ -290,6 +290,20 @@ def test_phase_two_alone_is_made_up_for(trained, tmp_path, monkeypatch, capfd):
     assert student.read_bytes() == before
 
 
+def test_a_teacher_that_is_asked_for_needs_no_phase_two(trained, tmp_path, monkeypatch):
+    t, folder, started = trained("cartpole_swingup"), tmp_path / "runs/maskers/cartpole_swingup", []
+    monkeypatch.chdir(tmp_path)
+
+    def phase(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(Path(command[1]).name)
+        shutil.copy(t.maskers / "teacher.pt", folder)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(rl.subprocess, "run", phase)
+    rl.find_masker(rl.Args(env="cartpole_swingup"), "teacher", torch.device("cpu"))
+    assert started == ["talas_phase1.py"]
+
+
 @pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
 def test_a_folder_that_cannot_be_written(trained, tmp_path, refused, script):
     """For root, as which CI may run, a file in its place stands for a folder without permission."""

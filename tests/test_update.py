@@ -1040,6 +1040,33 @@ def test_a_replay_that_is_shorter_than_what_a_checkpoint_adds(tmp_path, capacity
     assert rl.load_state(tmp_path, *other).step == 150
     assert other[1].n == 165 and all(torch.equal(getattr(other[1], key), getattr(run[1], key)) for key in other[1].STORES)
     assert torch.equal(transitions(other[1]), transitions(run[1])) and len(transitions(run[1])) > 20
+    (tmp_path / "0000000150.state.pt").write_bytes(b"")  # the state before needs a part that the newest does not
+    assert rl.load_state(tmp_path, *make_run(3, capacity)).step == 100
+
+
+def test_a_state_takes_no_other_replay(tmp_path):
+    """Two environments: a newer part, of a state that was never finished, ends elsewhere."""
+    run, other = make_run(1, capacity=200), make_run(2, capacity=200)
+    live(*run, 3)
+    rl.save_state(tmp_path, rl.Progress(step=50), *run, rl.Progress())
+    live(*other, 4)
+    envs.save_tensors(tmp_path / "0000000050.replay.pt", other[1].written_since(0))
+    with pytest.raises(UserError, match="none of its checkpoints can be used"):
+        rl.load_state(tmp_path, *make_run(3, capacity=200))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_resumed_runs_optimizers_are_this_starts(tmp_path, graphs):
+    """A CUDA graph wants Adam's capturable, and --cudagraphs may differ from the interrupted run's."""
+    run, other = make_run(1, capacity=200), make_run(2, capacity=200)
+    for each, on in ((run, not graphs), (other, graphs)):
+        each[0].args.cudagraphs = on
+        for optimizer in each[0].optimizers:
+            optimizer.param_groups[0]["capturable"] = on
+    live(*run, 3)
+    rl.save_state(tmp_path, rl.Progress(step=50), *run, rl.Progress())
+    assert rl.load_state(tmp_path, *other).step == 50
+    assert [optimizer.param_groups[0]["capturable"] for optimizer in other[0].optimizers] == [graphs] * 3
 
 
 def test_replay_that_is_not_whole_is_not_used(tmp_path):
