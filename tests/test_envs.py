@@ -442,9 +442,9 @@ def test_segment_is_the_simulators(make):
     assert np.array_equal(env.render(), frame)  # a mask leaves the picture alone
 
 
-@pytest.mark.parametrize("name", ["walker_walk", "cheetah_run", "unitree_walk"])
-def test_a_mask_has_every_pixel_that_shows_a_part(make, name):
-    """What a keyed frame, black but for the robot, loses without it: masks from one point of a pixel, or the four upside down, would not have it."""
+@pytest.mark.parametrize(("name", "most"), [("walker_walk", 0.015), ("cheetah_run", 0.03), ("unitree_walk", 0.002)])
+def test_a_mask_has_every_pixel_that_shows_a_part(make, name, most):
+    """What a keyed frame, black but for the robot, loses without it. The points upside down are wrong in 0.021, 0.042 and 0.005 of its pixels."""
     env, wrong, shown = make(name, "procedural"), 0, 0
     env.model.mat_reflectance[:] = 0  # the floor is a mirror
     env.reset()
@@ -458,7 +458,7 @@ def test_a_mask_has_every_pixel_that_shows_a_part(make, name):
                 renderer.update_scene(env.data, env.row.camera, nothing)
             changed = (frame != renderer.render()).any(2)
             wrong, shown = wrong + (mask ^ changed).sum(), shown + changed.sum()
-    assert shown > 3000 and wrong < 0.025 * shown
+    assert shown > 3000 and wrong < most * shown
 
 
 def test_the_a1_on_its_back_is_seen_through_the_floor(make):
