@@ -408,6 +408,7 @@ class AdroitTask(Loader):
         self.env_id, self.dense, self.spec = env_id, reward == "dense", _ADROIT[env_id]
         self.model, self.data = self.env.model, self.env.data
         self.model.vis.quality.shadowsize = 2048  # the suite's; 4096 take a third more time, for two pixels in a thousand
+        self.model.vis.quality.offsamples = 4  # the suite's as well, and what segment counts on
         self.hand = slice(self.spec["hand"], self.spec["hand"] + 24)
         camera, (position, euler) = self.model.cam("vil_camera"), self.spec["camera"]
         camera.pos, camera.fovy = position, 45
@@ -644,7 +645,6 @@ class TalasEnv(gym.Env):
         size = 4 * self.size if segmented else self.size
         if size not in self._renderers:
             self.model.vis.global_.offwidth = self.model.vis.global_.offheight = size
-            self.model.vis.quality.offsamples = 0 if segmented else 4  # points of a pixel; the suite's models ask for four anyway, Adroit's for eight
             try:
                 renderer = mujoco.Renderer(self.model, size, size)
             except Exception as error:  # what a missing driver raises depends on the backend
