@@ -29,7 +29,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -823,6 +823,12 @@ def random_crops(photos: torch.Tensor, n: int, size: int) -> torch.Tensor:
     return F.grid_sample(chosen, grid, padding_mode="border", align_corners=False)
 
 
+def four_neighbours(maps: torch.Tensor, beyond: float) -> list[torch.Tensor]:
+    """(B, k, H, W) -> four such: of every pixel the one below, above, right and left of it; `beyond` past the picture's edge."""
+    padded = F.pad(maps, (1, 1, 1, 1), value=beyond)
+    return [padded[..., 2:, 1:-1], padded[..., :-2, 1:-1], padded[..., 1:-1, 2:], padded[..., 1:-1, :-2]]
+
+
 def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, kind: Augmentation, alpha: float = 0.5) -> torch.Tensor:
     """The strong augmentation τ of a stack, one photograph I (of mix, one kind) per sample, the same over its k frames. Uses torch's generator.
 
@@ -852,15 +858,12 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     noise = torch.where(banded < 0.5, noise[..., :1], noise)  # one column, which is every column: bands
     patches = F.interpolate(noise, (size, size), mode="bilinear") > torch.randn(batch, 1, 1, 1, device=device)
     green, least = frames[:, :, 1].contiguous(), torch.empty(batch, 1, 1, 1, device=device).uniform_(5, 60)  # green is as good as grey
-    below, beside = (green.diff(dim=2).abs() > least), (green.diff(dim=3).abs() > least)  # not max_pool2d: it takes ten times as long
-    lines = F.pad(below, (0, 0, 1, 0)) | F.pad(below, (0, 0, 0, 1)) | F.pad(beside, (1, 0)) | F.pad(beside, (0, 1))  # (B, k, H, W)
-    agent = F.pad(keep > 0.05, (1, 1, 1, 1))  # has edges everywhere: its pixels' neighbours above, below and beside do not count
-    lines &= ~(agent[..., 2:, 1:-1] | agent[..., :-2, 1:-1] | agent[..., 1:-1, 2:] | agent[..., 1:-1, :-2])
+    lines = reduce(torch.logical_or, [(green - other).abs() > least for other in four_neighbours(green, torch.nan)])  # NaN is not greater
+    lines &= ~reduce(torch.logical_or, four_neighbours(keep > 0.05, False))  # beside the agent there are edges everywhere, its own
     kept = torch.where(patched < 0.5, patches, lines & (patched < 0.8))  # of the scene
     keep = torch.maximum(keep, kept.to(keep.dtype))
-    framed = F.pad(keep, (1, 1, 1, 1), value=1)
-    across, along = torch.minimum(framed[..., 2:, 1:-1], framed[..., :-2, 1:-1]), torch.minimum(framed[..., 1:-1, 2:], framed[..., 1:-1, :-2])
-    dark = (seamed < 0.8) * (1 - torch.minimum(across, along)) * torch.rand_like(keep) * 0.75  # 0 where no neighbour is beyond the edge
+    inside = reduce(torch.minimum, four_neighbours(keep, 1))  # 1 where no neighbour is beyond the mask's edge
+    dark = (seamed < 0.8) * (1 - inside) * torch.rand_like(keep) * 0.75
     # Each of the three is one mixture of frames and photograph, its two weights the same for red, green and blue: 1, 0; 1 - α, α; m, 1 - m.
     of_frames = torch.where(which < 0.1, 1, torch.where(which < 0.5, 1 - alpha, keep * (1 - dark))).unsqueeze(2)
     of_image = torch.where(which < 0.1, 0, torch.where(which < 0.5, alpha, 1 - keep)).unsqueeze(2)

@@ -1,9 +1,11 @@
 """What maskers keep, in one picture and one table, from the test frames and metrics that the phases left. Tasks that the table has already are
-replaced, others stay; the picture is drawn anew, of the tasks named. No training.
+replaced, others stay; the picture is drawn anew, of the tasks named. Students of the same teacher in runs/maskers_<augmentation>/<env> go into
+the table as well. No training.
 
 python benchmarks/masks.py --envs walker_walk cartpole_swingup hammer unitree_walk --commit abc1234 --output results/masks
 """
 
+import filecmp
 import json
 import sys
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ def newest_run(env_id: str, phase: str, folder: Path) -> tuple[dict, dict]:
     flag = "output" if phase == "phase1" else "maskers"
     for path in sorted(Path("runs").glob(f"{env_id}__*/metrics.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         arguments, metrics = (json.loads((path.parent / name).read_text()) for name in ("args.json", "metrics.json"))
-        if flag in arguments and Path(arguments[flag] or folder).resolve() == folder.resolve():
+        if flag in arguments and Path(arguments[flag] or f"runs/maskers/{env_id}").resolve() == folder.resolve():
             return arguments, metrics
     raise UserError(f"runs/ has no run of {env_id}'s {phase} that wrote {folder}")
 
@@ -62,14 +64,16 @@ def main(args: Args) -> None:
                 kept = (frames * (predict(masker, frames, torch.device("cpu"), cpu_has_bf16()) > 0.5)[:, None]).astype(np.uint8)
                 cells += [image for pair in zip(frames, kept, strict=True) for image in pair]
         rows.append(np.concatenate(cells, axis=2))
+        others = [path.parent for path in sorted(Path("runs").glob(f"maskers_*/{env_id}/student.pt"))]
+        others = [other for other in others if filecmp.cmp(other / "teacher.pt", folder / "teacher.pt", shallow=False)]
         figures = []
-        for phase in ("phase1", "phase2"):
-            arguments, metrics = newest_run(env_id, phase, folder)
+        for phase, where in (("phase1", folder), ("phase2", folder), *(("phase2", other) for other in others)):
+            arguments, metrics = newest_run(env_id, phase, where)
             common = {"steps": arguments["steps"], "seconds": f"{metrics['seconds']:.0f}", "segmenter": checkpoint["segmenter"]}
             common |= {"commit": args.commit, "machine": args.machine or machine()}
             for key in (key for key in metrics if key.startswith("iou")):
-                row = {"env": env_id, "phase": phase, "seed": arguments["seed"], "figure": key, "value": f"{metrics[key]:.4f}"}
-                figures.append(row | common)
+                row = {"env": env_id, "phase": phase, "augmentation": arguments.get("augmentation", ""), "seed": arguments["seed"]}
+                figures.append(row | {"figure": key, "value": f"{metrics[key]:.4f}"} | common)
         replace_rows(Path(f"{args.output}.csv"), "env", figures)
     sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
     write_image(Path(f"{args.output}.png"), cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))

@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import tyro
@@ -15,13 +16,14 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import interval, read
-from envs import SETTINGS, TASKS, UserError, task_row
+from envs import SETTINGS, TASKS, Augmentation, UserError, task_row
 
 BEGIN, END = "<!-- benchmarks/tables.py writes the {} from here -->", "<!-- to here -->"
 DMC = ("cartpole_swingup", "walker_walk", "walker_stand", "ball_in_cup_catch", "finger_spin", "cheetah_run")
 UNITREE = ("unitree_walk", "unitree_stand")
 SHOWN = ("train", "procedural", "video_easy", "video_hard")
 MASK_SETTINGS = ("clean", "overlay", "procedural", "video_easy", "video_hard")
+COMPARED = ("clean", "overlay", "procedural", "video_hard")  # of students of the three augmentations
 METHODS = {  # the README's ablations, with their names in the tables
     "talas": "TaLaS, overlay",
     "talas_mix": "TaLaS, mix",
@@ -52,18 +54,19 @@ def number(value: float) -> str:
 
 
 def maskers(rows: list[dict[str, str]], brief: bool = False) -> str:
-    """IoU (with a pixel of tolerance) of each task's teacher and student on the test frames; what the student keeps of its teacher's clean IoU.
+    """IoU (with a pixel of tolerance) of each task's teacher and student on the test frames; what the student keeps of its teacher's clean IoU; and
+    students of the three augmentations beside one another.
 
     Brief, for the front page: a row per task, of the teacher the clean IoU only.
     """
-    cells = {(row["env"], row["phase"], row["figure"]): float(row["value"]) for row in rows}
-    about = {(row["env"], row["phase"]): [row["seconds"], row["commit"]] for row in rows}
+    cells = {(row["env"], row["augmentation"], row["figure"]): float(row["value"]) for row in rows}
+    about = {(row["env"], row["augmentation"]): [row["seconds"], row["commit"]] for row in rows}
 
-    def shown(env: str, phase: str) -> list[str]:
-        pairs = [[cells.get((env, phase, f"{kind}/{setting}")) for kind in ("iou", "iou_1px")] for setting in MASK_SETTINGS]
+    def shown(env: str, masker: str) -> list[str]:
+        pairs = [[cells.get((env, masker, f"{kind}/{setting}")) for kind in ("iou", "iou_1px")] for setting in MASK_SETTINGS]
         return [f"{iou:.3f} ({iou_1px:.3f})" if iou is not None else "" for iou, iou_1px in pairs]  # without media there are no videos
 
-    teachers, students, full = "phase1", "phase2", []
+    teachers, students, full = "", "mix", []  # a teacher has no augmentation
     tasks = sorted({env for env, _ in about}, key=lambda env: (list(TASKS).index(env) if env in TASKS else len(TASKS), env))
     if brief:
         head = ["IoU (with one pixel of tolerance)", "teacher, clean", "student, clean", *MASK_SETTINGS[1:]]
@@ -73,7 +76,15 @@ def maskers(rows: list[dict[str, str]], brief: bool = False) -> str:
         kept = f"{hard / cells[env, teachers, 'iou/clean']:.3f}" if hard is not None else ""
         full.append([f"`{env}`", "teacher", *shown(env, teachers), "", *about[env, teachers]])
         full.append(["", "student", *shown(env, students), kept, *about[env, students]])
-    return table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds", "commit"], full)
+    by_augmentation = []
+    for env in tasks:
+        ious = [[cells.get((env, name, f"iou/{setting}")) for setting in COMPARED] for name in get_args(Augmentation)]
+        by_augmentation.append([f"`{env}`", *(" / ".join(f"{iou:.3f}" for iou in own if iou is not None) for own in ious)])
+    return f"""{table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds", "commit"], full)}
+
+Students of the three augmentations, of one teacher and after the same steps: IoU {" / ".join(COMPARED)}.
+
+{table(["task", *get_args(Augmentation)], by_augmentation)}"""
 
 
 def published(page: list[dict[str, str]], tasks: tuple[str, ...]) -> str:

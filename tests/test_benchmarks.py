@@ -127,20 +127,21 @@ def test_what_the_page_says_when_it_is_counted():
 
 
 def test_the_maskers_table():
-    values = {("phase1", "clean"): 0.9, ("phase2", "clean"): 0.85, ("phase2", "video_hard"): 0.81}
+    values = {("", "clean"): 0.9, ("mix", "clean"): 0.85, ("mix", "video_hard"): 0.81, ("overlay", "video_hard"): 0.31}
     about = {"seconds": "60", "commit": "abc1234"}
     rows = [
-        {"env": "walker_walk", "phase": phase, "figure": f"{kind}/{setting}", "value": str(values.get((phase, setting), 0.5))} | about
-        for phase in ("phase1", "phase2")
+        {"env": "walker_walk", "augmentation": name, "figure": f"{kind}/{setting}", "value": str(values.get((name, setting), 0.5))} | about
+        for name in ("", "mix", "overlay")
         for setting in tables.MASK_SETTINGS
         for kind in ("iou", "iou_1px")
     ]
-    teacher, student = tables.maskers(rows).splitlines()[2:]
+    teacher, student, *_, compared = tables.maskers(rows).splitlines()[2:]
+    assert compared == "| `walker_walk` | 0.500 / 0.500 / 0.500 / 0.310 |  | 0.850 / 0.500 / 0.500 / 0.810 |"  # overlay, swap, mix
     assert teacher == "| `walker_walk` | teacher | 0.900 (0.900) |" + " 0.500 (0.500) |" * 4 + "  | 60 | abc1234 |"
     assert student == "|  | student | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) | 0.900 | 60 | abc1234 |"
     brief = tables.maskers(rows, brief=True).splitlines()[2]
     assert brief == "| `walker_walk` | 0.900 (0.900) | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) |"
-    without_media = tables.maskers([row for row in rows if "video" not in row["figure"]]).splitlines()[-1]
+    without_media = tables.maskers([row for row in rows if "video" not in row["figure"]]).splitlines()[3]
     assert without_media == "|  | student | 0.850 (0.850) | 0.500 (0.500) | 0.500 (0.500) |  |  |  | 60 | abc1234 |"
 
 
@@ -237,7 +238,7 @@ def test_curves_of_a_run_that_has_hardly_begun(tmp_path):
 
 
 def test_maskers_figures_are_of_the_run_that_made_them(tmp_path, monkeypatch):
-    """A later run of the phase that was told to write elsewhere is not taken for it."""
+    """A later run of the phase that was told to write elsewhere is not taken for it, nor one of elsewhere for one that was told nothing."""
     monkeypatch.chdir(tmp_path)
     for i, (name, maskers) in enumerate((("phase2__1", None), ("mine__2", "runs/maskers/walker_walk"), ("phase2__3", "elsewhere"))):
         run = Path(f"runs/walker_walk__{name}")
@@ -246,6 +247,9 @@ def test_maskers_figures_are_of_the_run_that_made_them(tmp_path, monkeypatch):
         (run / "metrics.json").write_text("{}")
         os.utime(run / "metrics.json", (i, i))
     assert masks.newest_run("walker_walk", "phase2", Path("runs/maskers/walker_walk"))[0]["steps"] == 1
+    assert masks.newest_run("walker_walk", "phase2", Path("elsewhere"))[0]["steps"] == 2
+    with pytest.raises(envs.UserError, match="wrote runs/maskers_swap/walker_walk"):
+        masks.newest_run("walker_walk", "phase2", Path("runs/maskers_swap/walker_walk"))
     with pytest.raises(envs.UserError, match="no run of walker_walk's phase1"):
         masks.newest_run("walker_walk", "phase1", Path("runs/maskers/walker_walk"))
     with pytest.raises(envs.UserError, match=r"student.pt: not there"):
