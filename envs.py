@@ -687,7 +687,7 @@ class TalasEnv(gym.Env):
         if not self._renderers:
             raise UserError("segment: no frame has been rendered; reset the environment first")
         objects = self._render(segmented=True).reshape(self.size, 4, self.size, 4, 2)
-        objects = objects[:, (0, 1, 2, 3), :, (2, 0, 3, 1)]  # (4, H, W, 2): OpenGL's usual points, one in each row and column of sixteen
+        objects = objects[:, range(4), :, (2, 0, 3, 1)]  # (4, H, W, 2): OpenGL's usual points, one in each row and column of sixteen
         shown = [(objects[..., 1] == kind) & np.isin(objects[..., 0], ids) for phrase in wanted for kind, ids in phrase.items()]
         return np.logical_or.reduce(shown).any(0)
 
@@ -858,13 +858,14 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     noise = torch.where(banded < 0.5, noise[..., :1], noise)  # one column, which is every column: bands
     patches = F.interpolate(noise, (size, size), mode="bilinear") > torch.randn(batch, 1, 1, 1, device=device)
     green, least = frames[:, :, 1].contiguous(), torch.empty(batch, 1, 1, 1, device=device).uniform_(5, 60)  # green is as good as grey
-    lines = reduce(torch.logical_or, [(green - other).abs() > least for other in four_neighbours(green, torch.nan)])  # NaN is not greater
+    below, beside = (green.diff(dim=2).abs() > least), (green.diff(dim=3).abs() > least)  # not max_pool2d: it takes ten times as long
+    lines = F.pad(below, (0, 0, 1, 0)) | F.pad(below, (0, 0, 0, 1)) | F.pad(beside, (1, 0)) | F.pad(beside, (0, 1))  # (B, k, H, W)
     lines &= ~reduce(torch.logical_or, four_neighbours(keep > 0.05, False))  # beside the agent there are edges everywhere, its own
     kept = torch.where(patched < 0.5, patches, lines & (patched < 0.8))  # of the scene
     keep = torch.maximum(keep, kept.to(keep.dtype))
     inside = reduce(torch.minimum, four_neighbours(keep, 1))  # 1 where no neighbour is beyond the mask's edge
     dark = (seamed < 0.8) * (1 - inside) * torch.rand_like(keep) * 0.75
-    # Each of the three is one mixture of frames and photograph, its two weights the same for red, green and blue: 1, 0; 1 - α, α; m, 1 - m.
+    # Each of the three is one mixture of frames and photograph, its two weights alike for red, green and blue: 1, 0; 1 - α, α; m (1 - dark), 1 - m.
     of_frames = torch.where(which < 0.1, 1, torch.where(which < 0.5, 1 - alpha, keep * (1 - dark))).unsqueeze(2)
     of_image = torch.where(which < 0.1, 0, torch.where(which < 0.5, alpha, 1 - keep)).unsqueeze(2)
     return (frames * of_frames).addcmul_(image, of_image).flatten(1, 2)

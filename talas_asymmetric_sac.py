@@ -760,9 +760,11 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     def check(what: str, values: torch.Tensor, **came_from: torch.Tensor) -> None:
         if not values.isfinite().all():
-            with saving(f"{run}/not_finite.pt"):
-                envs.save_tensors(run / "not_finite.pt", came_from)
-            raise UserError(f"step {progress.step}: {what} is infinite or not a number; what it came from is in {run}/not_finite.pt")
+            path = run / "not_finite.pt"
+            with saving(str(path)):
+                envs.save_tensors(path, came_from)
+            where = f"; what it came from is in {path}" if path.is_file() else ""
+            raise UserError(f"step {progress.step}: {what} is infinite or not a number{where}")
 
     def check_weights() -> None:
         check("a weight", torch.cat([weight.flatten() for weight in agent.parameters()]))

@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import machine, replace_rows
-from envs import UserError, cpu_has_bf16, resolve_env_id, write_image
+from envs import Augmentation, UserError, cpu_has_bf16, resolve_env_id, write_image
 from talas_phase2 import load_teacher, predict
 
 
@@ -64,11 +64,14 @@ def main(args: Args) -> None:
                 kept = (frames * (predict(masker, frames, torch.device("cpu"), cpu_has_bf16()) > 0.5)[:, None]).astype(np.uint8)
                 cells += [image for pair in zip(frames, kept, strict=True) for image in pair]
         rows.append(np.concatenate(cells, axis=2))
-        others = [path.parent for path in sorted(Path("runs").glob(f"maskers_*/{env_id}/student.pt"))]
-        others = [other for other in others if filecmp.cmp(other / "teacher.pt", folder / "teacher.pt", shallow=False)]
+        found = [newest_run(env_id, phase, folder) for phase in ("phase1", "phase2")]
+        for name in (name for name in get_args(Augmentation) if name != found[1][0]["augmentation"]):
+            other = Path(f"runs/maskers_{name}/{env_id}")
+            if (other / "student.pt").is_file() and filecmp.cmp(other / "teacher.pt", folder / "teacher.pt", shallow=False):
+                found.append(newest_run(env_id, "phase2", other))
         figures = []
-        for phase, where in (("phase1", folder), ("phase2", folder), *(("phase2", other) for other in others)):
-            arguments, metrics = newest_run(env_id, phase, where)
+        for arguments, metrics in found:
+            phase = "phase2" if "augmentation" in arguments else "phase1"
             common = {"steps": arguments["steps"], "seconds": f"{metrics['seconds']:.0f}", "segmenter": checkpoint["segmenter"]}
             common |= {"commit": args.commit, "machine": args.machine or machine()}
             for key in (key for key in metrics if key.startswith("iou")):

@@ -77,12 +77,14 @@ def maskers(rows: list[dict[str, str]], brief: bool = False) -> str:
         full.append([f"`{env}`", "teacher", *shown(env, teachers), "", *about[env, teachers]])
         full.append(["", "student", *shown(env, students), kept, *about[env, students]])
     by_augmentation = []
-    for env in tasks:
+    for env in (env for env in tasks if any((env, name) in about for name in ("overlay", "swap"))):
         ious = [[cells.get((env, name, f"iou/{setting}")) for setting in COMPARED] for name in get_args(Augmentation)]
         by_augmentation.append([f"`{env}`", *(" / ".join(f"{iou:.3f}" for iou in own if iou is not None) for own in ious)])
     return f"""{table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds", "commit"], full)}
 
-Students of the three augmentations, of one teacher and after the same steps: IoU {" / ".join(COMPARED)}.
+### Three augmentations
+
+Students of one teacher, `python talas_phase2.py --env <env> --augmentation <name> --maskers runs/maskers_<name>/<env>`: IoU {" / ".join(COMPARED)}.
 
 {table(["task", *get_args(Augmentation)], by_augmentation)}"""
 
@@ -159,8 +161,9 @@ def sources(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
         played = ", ".join(f"{setting} {count}" for setting, count in counts.items() if count)
         played += f"; {skipped} videos that could not be decoded left out" if (skipped := int(run.get("videos_skipped") or 0)) else ""
         hours = f"{float(run['seconds']) / 3600:.1f} h" if run["seconds"] else ""
-        rows.append([f"`{run['command']}`", f"`{run['commit']}`", run["machine"], run["precision"], hours, run["segmenter"], played])
-    return table(["command", "commit", "machine", "precision", "wall time", "masks", "episodes"], rows)
+        about = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"`{run['commit']}`", run["machine"], run["precision"], hours]
+        rows.append([*about, run["segmenter"], played, f"`{run['command']}`"])
+    return table(["task", "method", "seed", "commit", "machine", "precision", "wall time", "masks", "episodes", "command"], rows)
 
 
 def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:

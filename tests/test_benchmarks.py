@@ -222,6 +222,22 @@ def test_curves(tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
+def test_links_lead_somewhere():
+    """Those of the two READMEs to files and headings; GitHub names a heading by its words, in lower case, with dashes between them."""
+    root, broken = RESULTS.parent, []
+    text = {path: path.read_text() for path in (root / "README.md", RESULTS / "README.md")}
+    headings = {path: [re.sub(r"\]\(.*?\)", "", line) for line in own.splitlines() if line.startswith("#")] for path, own in text.items()}
+    anchors = {path: {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in lines} for path, lines in headings.items()}
+    for path, own in text.items():
+        links = [link for link in re.findall(r"\]\((.*?)\)", own) if not link.startswith("http")]
+        assert len(links) > 10
+        for link in links:
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file).resolve() if file else path
+            broken += [] if target.exists() and (not anchor or anchor in anchors[target]) else [link]
+    assert not broken
+
+
 def test_curves_of_a_run_that_has_hardly_begun(tmp_path):
     """No training episode is over yet, or fewer than are averaged over; a folder that is none is a line, and costs no table that is there."""
     for episodes in (0, 3):
