@@ -830,14 +830,14 @@ def four_neighbours(maps: torch.Tensor, beyond: float) -> list[torch.Tensor]:
 
 
 def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, kind: Augmentation, alpha: float = 0.5) -> torch.Tensor:
-    """The strong augmentation τ of a stack, one photograph I (of mix, one kind) per sample, the same over its k frames. Uses torch's generator.
+    """The strong augmentation τ of a stack, one photograph I per sample, the same over its k frames. Uses torch's generator.
 
     overlay (the paper's):  τ(o) = (1 - α) o + α I
     swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
-    mix (ours):             10% clean, 40% overlay, 50% swap. Not everything beside a photograph is the agent: half of the swaps keep patches or
-                            horizontal bands of the scene as well, three of ten its lines and edges (a rail, a shadow). Four of five have
-                            seams nearly as keying's, where an edge's pixel is the agent's in part and else black: edges are darkened, each pixel by
-                            itself. Not everything in its colours is the agent: three photographs of ten are shifted to its mean colour
+    mix (ours):             10% clean, 40% overlay, 50% swap, in this order. Not everything beside a photograph is the agent: half of the swaps
+                            keep patches or horizontal bands of the scene as well, three of ten its lines and edges (a rail, a shadow). Four of
+                            five have seams nearly as keying's, where an edge's pixel is the agent's in part and else black: edges are darkened,
+                            each pixel by itself. Not everything in its colours is the agent: three photographs of ten are shifted to its mean one
 
     obs: (B, 3k, H, W) uint8, fp32 or (under autocast) bf16 in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns obs's shape, float.
     """
@@ -849,26 +849,27 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     keep = mask.to(frames.dtype)  # (B, k, H, W)
     if kind == "swap":
         return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
-    which, patched, banded, seamed, tinted = (torch.rand(batch, 1, 1, 1, device=device) for _ in range(5))
     colour, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
     recolour = colour / area.clamp(min=1) - image.mean((1, 3, 4))
-    tint = (tinted.view(batch, 1) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident
+    tint = (torch.rand(batch, 1, device=device) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident
     image = (image + torch.where(tint, recolour, 0)[:, None, :, None, None]).clamp(0, 255)
-    noise = torch.randn(batch, 1, 8, 8, device=device)
+    clean, overlaid = batch // 10, batch // 2  # the first tenth stays, the second half is swapped: samples come in no order
+    parts = frames[:clean], torch.lerp(frames[clean:overlaid], image[clean:overlaid], alpha)
+    frames, image, keep = frames[overlaid:], image[overlaid:], keep[overlaid:]  # (N, ...)
+    patched, banded, seamed = (torch.rand(len(keep), 1, 1, 1, device=device) for _ in range(3))
+    noise = torch.randn(len(keep), 1, 8, 8, device=device)
     noise = torch.where(banded < 0.5, noise[..., :1], noise)  # one column, which is every column: bands
-    patches = F.interpolate(noise, (size, size), mode="bilinear") > torch.randn(batch, 1, 1, 1, device=device)
-    green, least = frames[:, :, 1].contiguous(), torch.empty(batch, 1, 1, 1, device=device).uniform_(5, 60)  # green is as good as grey
+    patches = F.interpolate(noise, (size, size), mode="bilinear") > torch.randn(len(keep), 1, 1, 1, device=device)
+    green, least = frames[:, :, 1].contiguous(), torch.empty(len(keep), 1, 1, 1, device=device).uniform_(5, 60)  # green is as good as grey
     below, beside = (green.diff(dim=2).abs() > least), (green.diff(dim=3).abs() > least)  # not max_pool2d: it takes ten times as long
-    lines = F.pad(below, (0, 0, 1, 0)) | F.pad(below, (0, 0, 0, 1)) | F.pad(beside, (1, 0)) | F.pad(beside, (0, 1))  # (B, k, H, W)
+    lines = F.pad(below, (0, 0, 1, 0)) | F.pad(below, (0, 0, 0, 1)) | F.pad(beside, (1, 0)) | F.pad(beside, (0, 1))  # (N, k, H, W)
     lines &= ~reduce(torch.logical_or, four_neighbours(keep > 0.05, False))  # beside the agent there are edges everywhere, its own
     kept = torch.where(patched < 0.5, patches, lines & (patched < 0.8))  # of the scene
     keep = torch.maximum(keep, kept.to(keep.dtype))
     inside = reduce(torch.minimum, four_neighbours(keep, 1))  # 1 where no neighbour is beyond the mask's edge
     dark = (seamed < 0.8) * (1 - inside) * torch.rand_like(keep) * 0.75
-    # Each of the three is one mixture of frames and photograph, its two weights alike for red, green and blue: 1, 0; 1 - α, α; m (1 - dark), 1 - m.
-    of_frames = torch.where(which < 0.1, 1, torch.where(which < 0.5, 1 - alpha, keep * (1 - dark))).unsqueeze(2)
-    of_image = torch.where(which < 0.1, 0, torch.where(which < 0.5, alpha, 1 - keep)).unsqueeze(2)
-    return (frames * of_frames).addcmul_(image, of_image).flatten(1, 2)
+    swapped = (frames * (keep * (1 - dark)).unsqueeze(2)).addcmul_(image, (1 - keep).unsqueeze(2))
+    return torch.cat([*parts, swapped]).flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- the sheet

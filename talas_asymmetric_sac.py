@@ -235,7 +235,8 @@ class Encoder(nn.Sequential):
         self.to(memory_format=torch.channels_last)  # after the initialisation: orthogonal_ cannot write into it
 
     def forward(self, views: torch.Tensor) -> torch.Tensor:
-        return super().forward(views).permute(0, 2, 3, 1).flatten(1)  # in channels_last's own order: nn.Flatten would copy, and its gradient as well
+        features = super().forward(views.contiguous(memory_format=torch.channels_last))  # once: the convolution and its gradient would do it each
+        return features.permute(0, 2, 3, 1).flatten(1)  # in channels_last's own order: nn.Flatten would copy, and its gradient as well
 
 
 def trunk(embedding_dim: int) -> nn.Sequential:

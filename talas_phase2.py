@@ -173,10 +173,11 @@ def main(args: Args) -> None:
     bar = tqdm(range(args.steps), desc="train the student", unit="step", mininterval=1 if sys.stderr.isatty() else 15)
     for step in bar:
         batch = torch.randint(len(frames), (args.batch_size,))
-        still = frames_t[batch].to(device), masks_t[batch].to(device)
+        obs, target = frames_t[batch].to(device), masks_t[batch].to(device)  # (B, 3, H, W), (B, 1, H, W)
         # Every other one shifted: what looks in at the picture's edge by a column or two would be moved out of it, or doubled, every time.
-        obs, target = (torch.cat([a[::2], b[1::2]]) for a, b in zip(still, random_shift(*still, pad=args.shift), strict=True))
-        target = target / 255  # (B, 1, H, W): ψ_T(o)
+        for still, shifted in zip((obs, target), random_shift(obs, target, pad=args.shift), strict=True):
+            still[1::2] = shifted[1::2]
+        target = target / 255  # ψ_T(o)
         augmented = augment(obs, target, photos, args.augmentation)  # τ(o)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = student(augmented.contiguous(memory_format=torch.channels_last))
@@ -192,7 +193,8 @@ def main(args: Args) -> None:
             writer.add_scalar("losses/bce", loss.item(), step)
             bar.set_postfix(bce=f"{loss.item():.4f}", refresh=False)
         if step % 1000 == 0:
-            shown = torch.cat([augmented[:8] / 255, (logits[:8].sigmoid().float().unsqueeze(1) * augmented[:8] / 255)], 3)
+            some = slice(None, None, -(-args.batch_size // 8))  # of mix, some of each kind
+            shown = torch.cat([augmented[some] / 255, (logits[some].sigmoid().float().unsqueeze(1) * augmented[some] / 255)], 3)
             writer.add_images("views/augmented_and_kept", shown.clamp(0, 1), step)
 
     # ---- what came of it
