@@ -836,9 +836,8 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
     mix (ours):             10% clean, 40% overlay, 50% swap, in this order. Not everything beside a photograph is the agent: half of the swaps
                             keep patches or horizontal bands of the scene as well, three of ten its lines and edges (a rail, a shadow). Four of
-                            five have seams nearly as keying's, where a pixel is the agent's or the photograph's, not both, and an edge's is the
-                            agent's in part and else black: edges are darkened, each pixel by itself. Not everything in the agent's colours is
-                            the agent: three photographs of ten are shifted to its mean one
+                            five have seams nearly as keying's, where an edge's pixel is the agent's in part and else black: edges are darkened,
+                            each pixel by itself. Not everything in its colours is the agent: three photographs of ten are shifted to its mean one
 
     obs: (B, 3k, H, W) uint8, fp32 or (under autocast) bf16 in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns obs's shape, float.
     """
@@ -858,8 +857,6 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     parts = frames[:clean], torch.lerp(frames[clean:overlaid], image[clean:overlaid], alpha)
     frames, image, keep = frames[overlaid:], image[overlaid:], keep[overlaid:]  # (N, ...)
     patched, banded, seamed = (torch.rand(len(keep), 1, 1, 1, device=device) for _ in range(3))
-    seamed = seamed < 0.8
-    keep = torch.where(seamed, keep > 0.5, keep)
     noise = torch.randn(len(keep), 1, 8, 8, device=device)
     noise = torch.where(banded < 0.5, noise[..., :1], noise)  # one column, which is every column: bands
     patches = F.interpolate(noise, (size, size), mode="bilinear") > torch.randn(len(keep), 1, 1, 1, device=device)
@@ -870,7 +867,7 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     kept = torch.where(patched < 0.5, patches, lines & (patched < 0.8))  # of the scene
     keep = torch.maximum(keep, kept.to(keep.dtype))
     inside = reduce(torch.minimum, four_neighbours(keep, 1))  # 1 where no neighbour is beyond the mask's edge
-    dark = seamed * (1 - inside) * torch.rand_like(keep) * 0.75
+    dark = (seamed < 0.8) * (1 - inside) * torch.rand_like(keep) * 0.75
     swapped = (frames * (keep * (1 - dark)).unsqueeze(2)).addcmul_(image, (1 - keep).unsqueeze(2))
     return torch.cat([*parts, swapped]).flatten(1, 2)
 
