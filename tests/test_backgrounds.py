@@ -505,7 +505,7 @@ def test_mix_keeps_no_lines_beside_the_agent():
     got = envs.augment(obs, inside.float().expand(n, 1, 12, 12), torch.full((1, 3, 16, 16), 7, dtype=torch.uint8), "mix")
     around = got[:, 0, ~inside]
     bare = ((around - 7).abs() < 0.1).all(1) | ((around - 200).abs() < 0.1).all(1)  # the photograph, or the same in the agent's colour
-    assert 0.24 < bare.float().mean() < 0.32  # the half of the swaps that keeps no patches or bands, and the others' that are empty
+    assert abs(bare.float().mean() - 0.278) < 0.03  # the half of the swaps that keeps no patches or bands, and the others' that are empty
 
 
 def test_mix_keeps_patches_or_horizontal_bands():
@@ -602,7 +602,7 @@ def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():
     assert clean[1500:].float().mean() < 0.12  # patches that leave the whole scene
     rest, whole, partial = ~overlaid, seam(torch.ones(1)), seam(torch.tensor(0.25))
     alone = rest & photo[:, 8:].all((1, 2)) & photo[:, :3].all((1, 2)) & photo[:, :, 7:].all((1, 2)) & photo[:, :, :3].all((1, 2))
-    assert 0.09 < alone.float().mean() < 0.16  # nothing of the scene: a fifth of the half, and empty patches
+    assert abs(alone.float().mean() - 0.128) < 0.02  # nothing of the scene: a fifth of the half, and empty patches
     seamed = alone & (whole[:, 7, 3:7] < 0.999).any(1)
     assert abs(seamed.sum() / alone.sum() - 0.8) < 0.07  # dark seams, in four fifths:
     for share in (whole[seamed][:, 7, 3:7], partial[seamed][:, 3, 3:7]):  # below the agent, and above it, where a pixel is the agent's by a quarter
