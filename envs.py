@@ -852,14 +852,15 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     colour, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
     recolour = colour / area.clamp(min=1) - image.mean((1, 3, 4))
     tint = (torch.rand(batch, 1, device=device) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident
-    image = (image + torch.where(tint, recolour, 0)[:, None, :, None, None]).clamp(0, 255)
+    image = (image + torch.where(tint, recolour, 0)[:, None, :, None, None].to(image.dtype)).clamp(0, 255)  # a GPU's autocast sums in fp32
     clean, overlaid = batch // 10, batch // 2  # the first tenth stays, the second half is swapped: samples come in no order
     parts = frames[:clean], torch.lerp(frames[clean:overlaid], image[clean:overlaid], alpha)
     frames, image, keep = frames[overlaid:], image[overlaid:], keep[overlaid:]  # (N, ...)
     patched, banded, seamed = (torch.rand(len(keep), 1, 1, 1, device=device) for _ in range(3))
     noise = torch.randn(len(keep), 1, 8, 8, device=device)
     noise = torch.where(banded < 0.5, noise[..., :1], noise)  # one column, which is every column: bands
-    patches = F.interpolate(noise, (size, size), mode="bilinear") > torch.randn(len(keep), 1, 1, 1, device=device)
+    smooth = torch.ops.aten.upsample_bilinear2d(noise, [size, size], False)  # F.interpolate, told to be deterministic, is 35 kernels on a GPU
+    patches = smooth > torch.randn(len(keep), 1, 1, 1, device=device)
     green, least = frames[:, :, 1].contiguous(), torch.empty(len(keep), 1, 1, 1, device=device).uniform_(5, 60)  # green is as good as grey
     below, beside = (green.diff(dim=2).abs() > least), (green.diff(dim=3).abs() > least)  # not max_pool2d: it takes ten times as long
     lines = F.pad(below, (0, 0, 1, 0)) | F.pad(below, (0, 0, 0, 1)) | F.pad(beside, (1, 0)) | F.pad(beside, (0, 1))  # (N, k, H, W)

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -105,7 +105,7 @@ class Args:
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True  # simulate and render the next frame during the update, whose replay then lacks it; --no-overlap: the textbook's order
     compile: bool = False  # torch.compile the update (needs g++ and Python's headers, and a minute or two at the first update)
-    cudagraphs: bool = False  # CUDA only: the update as one CUDA graph. Off, as is --compile, because it has not been run on a GPU yet
+    cudagraphs: bool = True  # on a CUDA GPU, update, policy and masker as a CUDA graph each: the same numbers by one launch instead of hundreds
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
@@ -315,7 +315,7 @@ class Agent(nn.Module):
         self.actor, self.critic = Actor(*dims), Critic(*dims)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_alpha)))
-        adam = partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # by a CUDA graph; elsewhere it makes no difference
         self.critic_optimizer = adam([*self.encoder.parameters(), *self.critic.parameters()], lr=args.critic_lr)
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr, betas=(0.5, 0.999))
@@ -354,7 +354,7 @@ class Agent(nn.Module):
         proprio = proprio.repeat(len(z), 1)
         action, log_prob, _ = self.actor(torch.cat(z), proprio)
         judge = [z[0]] * len(z) if self.args.actor_judge == "clean" else z  # the asymmetry: judged on the clean view
-        q = self.critic(torch.cat(judge), proprio, action).min(0).values
+        q = torch.minimum(*self.critic(torch.cat(judge), proprio, action))  # min(0)'s gradient is 25 kernels on a GPU
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), log_prob.detach()
 
     def alpha_loss(self, log_prob: torch.Tensor) -> torch.Tensor:
@@ -393,20 +393,22 @@ class Agent(nn.Module):
         return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
-    def act(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> np.ndarray:
+    def policy(self, obs: torch.Tensor, mask: torch.Tensor, proprio: torch.Tensor, mean: bool) -> torch.Tensor:
         """(N, A) float32: the policy's actions for N masked observations, sampled, or their means."""
         with self.autocast():
             sample, _, mean_action = self.actor(self.encoder(apply_mask(obs, mask, self.dtype)), proprio)
-        return (mean_action if mean else sample).cpu().numpy()
+        return mean_action if mean else sample
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
-def observe(masker: Masker | None, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One observation or N of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8, proprio (N, P), on the device."""
+def observe(
+    mask: Callable[[torch.Tensor], torch.Tensor], obs: dict[str, np.ndarray], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One observation or N of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8 by `mask`, a masker's mask_stack, proprio (N, P)."""
     pixels, proprio = (torch.from_numpy(obs[key]).to(device) for key in ("pixels", "proprio"))
     pixels = pixels.view(-1, *pixels.shape[-3:])
     with torch.no_grad():
-        return pixels, mask_stack(masker, pixels), proprio.view(len(pixels), proprio.shape[-1])
+        return pixels, mask(pixels), proprio.view(len(pixels), proprio.shape[-1])
 
 
 class Replay:
@@ -444,9 +446,11 @@ class Replay:
         self._write(numbers, [pixels[:, -3:], masks[:, -1], proprio, *map(torch.from_numpy, (actions, rewards, terminated)), self.newest])
 
     def _write(self, numbers: torch.Tensor, rows: list[torch.Tensor]) -> None:
-        slots = {device: (numbers % self.capacity).to(device) for device in {self.frames.device, self.history.device}}
+        start = int(numbers[0]) % self.capacity
+        head = min(len(numbers), self.capacity - start)  # the rest goes to the ring's beginning
         for store, content in zip((getattr(self, key) for key in self.STORES), rows, strict=True):
-            store[slots[store.device]] = content.to(store.device, store.dtype)
+            content = content.to(store.device, store.dtype, non_blocking=True)
+            store[start : start + head], store[: len(numbers) - head] = content[:head], content[head:]  # by index, a GPU would sort first
         self.n = int(numbers[-1]) + 1
 
     def written_since(self, before: int) -> dict[str, torch.Tensor]:
@@ -552,7 +556,6 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
             agent.load_state_dict(state["agent"])
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
-                optimizer.param_groups[0]["capturable"] = agent.args.cudagraphs  # as this start has it, not the saved one
             torch.set_rng_state(state["torch"])
             if replay.frames.is_cuda and state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], replay.frames.device)
@@ -616,7 +619,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
     obs, info = env.reset(options={"episode": episode})
     total, ious, film, step, done = 0.0, [], [], 0, False
     while not done:
-        pixels, mask, proprio = observe(agent.masker, obs, torch.device("cpu"))
+        pixels, mask, proprio = observe(partial(mask_stack, agent.masker), obs, torch.device("cpu"))
         newest = mask[0, -1].numpy()
         if episode == 0:  # camera, mask and what the agent sees, side by side
             frame, grey = obs["pixels"][-3:].transpose(1, 2, 0), newest[..., None]
@@ -624,7 +627,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
         if checkpoint["prompt"] and step % 5 == 0:
             true = env.segment(env.nameable(checkpoint["prompt"]))
             ious.append([mask_iou(newest[None] > 127, true[None], tolerance)[0] for tolerance in (0, 1)])
-        obs, reward, terminated, truncated, info = env.step(agent.act(pixels, mask, proprio, mean=True)[0])
+        obs, reward, terminated, truncated, info = env.step(agent.policy(pixels, mask, proprio, mean=True)[0].numpy())
         total, step, done = total + reward, step + 1, terminated or truncated
     return total, float(info.get("episode_success", math.nan)), ious, film, env.videos_skipped
 
@@ -671,6 +674,19 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
+def faster(agent: Agent, clean_masker: Masker | None, args: Args) -> tuple[Callable, Callable, Callable]:
+    """The masking of an observation, the collecting policy and the update, as --compile and --cudagraphs want them."""
+    mask, policy, update = partial(mask_stack, clean_masker), partial(agent.policy, mean=False), agent.update
+    if args.compile:
+        update = torch.compile(update, options={"fallback_random": True})  # eager mode's random numbers
+    if args.cudagraphs and agent.log_alpha.is_cuda:  # They read tensors; a Python number stays as captured
+        os.environ.setdefault("TD_LOGGING_LEVEL", "WARNING")
+        from tensordict.nn import CudaGraphModule  # takes a second or two
+
+        mask, policy, update = (CudaGraphModule(function, warmup=4) for function in (mask, policy, update))
+    return mask, policy, update
+
+
 def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasEnv, device: torch.device, cleanup: ExitStack) -> None:
     """From the beginning, or from where the run's last checkpoint left it, to the end. `env` is asked for its sizes only; what has to be closed,
     whatever happens, goes to cleanup."""
@@ -703,13 +719,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
     except RuntimeError:
         raise UserError(f"--replay-size {args.replay_size:,}: {size:.1f} GB cannot be had on {device}; give a smaller one") from None
-    if args.compile:
-        agent.update = torch.compile(agent.update, options={"fallback_random": True})  # eager mode's random numbers, and so its losses
-    update = agent.update
-    if args.cudagraphs:  # one launch instead of a thousand. It reads tensors; a Python number stays as captured
-        from tensordict.nn import CudaGraphModule  # takes a second or two
-
-        update = CudaGraphModule(agent.update, warmup=4)
+    mask, policy, update = faster(agent, clean_masker, args)
 
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
@@ -800,11 +810,11 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     while progress.step < total_steps:
         if ended.any():
             vec_env.reset_async(options={"reset_mask": ended})
-            seen = observe(clean_masker, vec_env.reset_wait(timeout=PATIENCE)[0], device)
+            seen = observe(mask, vec_env.reset_wait(timeout=PATIENCE)[0], device)
             check("a first observation", seen[2], proprio=seen[2])
             replay.add_first(np.flatnonzero(ended), *(part[ended] for part in seen))
             progress.episodes = [episode + int(over) for episode, over in zip(progress.episodes, ended, strict=True)]
-        actions = action_space.sample() if progress.step < progress.learning_starts else agent.act(*seen, mean=False)
+        actions = action_space.sample() if progress.step < progress.learning_starts else policy(*seen).cpu().numpy()
         check("an action", torch.from_numpy(actions), pixels=seen[0], mask=seen[1], proprio=seen[2])
         vec_env.step_async(actions)
         progress.step += args.num_envs
@@ -813,7 +823,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         obs, rewards, terminated, truncated, info = vec_env.step_wait(timeout=PATIENCE)
         came_from = {"actions": torch.from_numpy(actions), "rewards": torch.from_numpy(rewards), "proprio": torch.from_numpy(obs["proprio"])}
         check("a reward or an observation", torch.cat([came_from["rewards"], came_from["proprio"].flatten()]), **came_from)
-        seen, ended = observe(clean_masker, obs, device), terminated | truncated
+        seen, ended = observe(mask, obs, device), terminated | truncated
         replay.add_step(actions, rewards, terminated, *seen)
         for i in np.flatnonzero(ended):
             total, length, success = info["episode"]["r"][i], info["episode"]["l"][i], info.get("episode_success", [""] * args.num_envs)[i]
@@ -857,7 +867,7 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
     args, run = parse(Args()), None
     if args.evaluate is not None:
         own = load_agent_once(Path(args.evaluate))[1]["args"]
-        own = replace(own, device="cpu", cudagraphs=False, track=False)  # played on the CPU, wherever it was trained
+        own = replace(own, device="cpu", track=False)  # played on the CPU, wherever it was trained
         free = ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision", "seed")
     elif args.resume is not None and (run := find_run(args)):
         free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "compile", "cudagraphs", "distractors", "overlay")
@@ -895,8 +905,6 @@ def main(args: Args, run: Path | None = None) -> None:
         env.reset()
         env.close()
     device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
-    if args.cudagraphs and device.type != "cuda":
-        raise UserError(f"--cudagraphs: needs a CUDA GPU, and --device {args.device} is {device} here")
     if args.precision == "auto":
         args.precision = "bf16" if bf16 else "fp32"
 

@@ -9,6 +9,7 @@ Needs scikit-learn. `benchmarks/figures.py` draws the map.
 import csv
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,10 @@ def visit(agent: talas.Agent, run: talas.Args, count: int) -> list[list[list[np.
     """`count` moments of an episode of the mean policy, evenly spread, each as the simulator's states of its three stacked frames."""
     env = envs.make_env(run.env, "train", run.seed + 10_000, **talas.env_options(run))
     obs, _ = env.reset()
+    mask = partial(talas.mask_stack, agent.masker)
     states, done = [env.get_state()], False
     while not done:
-        obs, _, terminated, truncated, _ = env.step(agent.act(*talas.observe(agent.masker, obs, torch.device("cpu")), mean=True)[0])
+        obs, _, terminated, truncated, _ = env.step(agent.policy(*talas.observe(mask, obs, torch.device("cpu")), mean=True)[0].numpy())
         states.append(env.get_state())
         done = terminated or truncated
     env.close()

@@ -15,6 +15,7 @@ import math
 import sys
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -74,18 +75,19 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
     obs, _ = env.reset()
     agent = talas.Agent(talas.Args(precision="fp32", **given), 9, len(obs["proprio"]), 1, None, None)
     replay = talas.Replay(1, args.steps + args.steps // 125 + 8, obs["pixels"].shape, len(obs["proprio"]), 1, device)
-    seen = talas.observe(None, obs, device)
+    mask = partial(talas.mask_stack, None)
+    seen = talas.observe(mask, obs, device)
     replay.add_first(np.array([0]), *seen)
     episodes, total = [], 0.0
     for step in range(1, args.steps + 1):
-        action = env.action_space.sample() if step <= 500 else agent.act(*seen, mean=False)[0]
+        action = env.action_space.sample() if step <= 500 else agent.policy(*seen, mean=False)[0].numpy()
         obs, reward, terminated, truncated, _ = env.step(action)
-        seen = talas.observe(None, obs, device)
+        seen = talas.observe(mask, obs, device)
         replay.add_step(action[None], np.array([reward]), np.array([terminated]), *seen)
         total += reward
         if truncated:
             episodes.append((step, total, float(np.mean(env.hidden))))
-            total, seen = 0.0, talas.observe(None, env.reset()[0], device)
+            total, seen = 0.0, talas.observe(mask, env.reset()[0], device)
             replay.add_first(np.array([0]), *seen)
         if step > 500:
             agent.update(replay.sample(128))

@@ -2,10 +2,12 @@
 
     python benchmarks/speed.py                 walker_walk, batch 128; some nine minutes on two cores, most of them for the slow ways
     python benchmarks/speed.py --no-sam        without the foundation model, whose image encoder takes ten seconds and more a frame on a CPU
+    python benchmarks/speed.py --compile --updates-per-step 1 --loop-envs 1 8 --loop-steps 800           for a GPU
 
 The masker and the agent have random weights: how long they take does not depend on what they have learned. Writes <output>/<device>.json.
 """
 
+import itertools
 import multiprocessing
 import os
 import platform
@@ -35,9 +37,11 @@ class Args:
     batch_size: int = 128  # transitions per update
     encoder: Literal["sada", "medium", "small"] = "sada"  # as talas_asymmetric_sac.py's
     repeats: int = 3  # rounds over everything that is compared
-    loop_steps: int = 60  # agent steps of each loop, an update for every four
+    updates_per_step: float = 0.25  # of the loops
+    loop_envs: tuple[int, ...] = (1, 4)  # environments of the loops
+    loop_steps: int = 60  # agent steps of each loop
     stored: tuple[int, int] = (1_000, 100_000)  # steps in replay between which the update's time should not grow
-    compile: bool = False  # time torch.compile's update as well, which takes a minute or two to compile; a GPU's CUDA graph is timed in any case
+    compile: bool = False  # time torch.compile's update as well, and have it in the loops; it takes a minute or two to compile
     sam: bool = True  # time segment-anything's ViT-B as well (its package and torchvision; random weights)
     device: str = "auto"  # cpu, cuda, ... or auto
     output: str = "results/speed"  # folder of the JSON file
@@ -84,12 +88,10 @@ def fill(replay: talas.Replay, steps: int, episode: int = 250) -> None:
         replay.add_step(action, np.ones(1), np.zeros(1, bool), *seen)
 
 
-def build(
-    args: Args, spaces: tuple[int, int, int], photos: torch.Tensor, masked: bool, precision: str, channels_last: bool, cudagraphs: bool = False
-) -> talas.Agent:
+def build(args: Args, spaces: tuple[int, int, int], photos: torch.Tensor, masked: bool, precision: str, channels_last: bool) -> talas.Agent:
     """An agent with random weights, on the photographs' device, as talas_asymmetric_sac.py makes it; or in the contiguous layout."""
     masker = talas.Masker().requires_grad_(False) if masked else None
-    flags = talas.Args(precision=precision, encoder=args.encoder, masker="student" if masked else "none", cudagraphs=cudagraphs)
+    flags = talas.Args(precision=precision, encoder=args.encoder, masker="student" if masked else "none")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return talas.Agent(flags, *spaces, masker, photos).to(photos.device, memory_format=layout)
 
@@ -113,30 +115,41 @@ def time_plain(args: Args, spaces: tuple[int, int, int]) -> dict[str, float]:
     return {f"{key}, pages given back": value for key, value in time_in_turn(ways, device, args.repeats).items()}
 
 
-def time_loop(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: int, overlap: bool, render: bool) -> float:
-    """Seconds per agent step of a loop like the script's, with an update every fourth; without rendering, the update and the acting alone."""
-    envs = gym.vector.AsyncVectorEnv([partial(make_env_in_worker, args.env, seed=i) for i in range(num_envs)], context="spawn")
-    obs, _ = envs.reset()
-    device, every, warm_up = replay.frames.device, max(1, 4 // num_envs), 8 // num_envs
-    seen, rounds = talas.observe(agent.masker, obs, device), args.loop_steps // num_envs
-    for i in range(rounds + warm_up):
-        if i == warm_up:
-            sync(device)
-            began = time.perf_counter()
-        actions = agent.act(*seen, mean=False)
-        if render:
-            envs.step_async(actions)
-        if not overlap and render:
-            obs = envs.step_wait()[0]
-        if i % every == every - 1:
-            agent.update(replay.sample(args.batch_size))
-        if overlap and render:
-            obs = envs.step_wait()[0]
-        seen = talas.observe(agent.masker, obs, device)
-    sync(device)
-    taken = (time.perf_counter() - began) / (rounds * num_envs)
-    envs.close()
-    return taken
+def time_loops(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: int) -> dict[str, float]:
+    """Seconds per agent step of loops like the script's; of one that does not render, and of one that does nothing else: medians of rounds."""
+    device, (mask, policy, update) = replay.frames.device, talas.faster(agent, agent.masker, talas.Args(compile=args.compile))
+    vec_env = gym.vector.AsyncVectorEnv([partial(make_env_in_worker, args.env, seed=i) for i in range(num_envs)], context="spawn")
+    obs, _ = vec_env.reset()
+    loops: dict[str, list[float]] = {"exact": [], "overlapped": [], "without rendering": [], "rendering alone": []}
+
+    def run(kind: str, steps: int) -> None:
+        nonlocal obs
+        seen, updates = talas.observe(mask, obs, device), 0
+        for step in range(num_envs, steps + 1, num_envs):
+            actions = np.zeros(vec_env.action_space.shape, np.float32)
+            if kind != "rendering alone":
+                actions = policy(*seen).cpu().numpy()
+            if kind != "without rendering":
+                vec_env.step_async(actions)
+            if kind in ("exact", "rendering alone"):
+                obs = vec_env.step_wait()[0]
+            while kind != "rendering alone" and updates < int(args.updates_per_step * step):
+                update(replay.sample(args.batch_size))
+                updates += 1
+            if kind == "overlapped":
+                obs = vec_env.step_wait()[0]
+            if kind != "rendering alone":
+                seen = talas.observe(mask, obs, device)
+        sync(device)
+
+    for _ in range(args.repeats):
+        for kind, times in loops.items():
+            run(kind, 8 * num_envs)  # until a CUDA graph is captured, which is by the fourth time; two updates at least
+            began, steps = time.perf_counter(), args.loop_steps // num_envs * num_envs
+            run(kind, steps)
+            times.append((time.perf_counter() - began) / steps)
+    vec_env.close()
+    return {kind: float(np.median(times)) for kind, times in loops.items()}
 
 
 def time_sam() -> float:
@@ -177,16 +190,18 @@ def main(args: Args) -> None:
 
     # ---- the parts of a step
     masker, one = agent.masker, replay.sample(1)
+    mask, policy, update = talas.faster(agent, masker, talas.Args(compile=args.compile))
     batch = replay.sample(args.batch_size)
-    shown = (one.obs, one.mask, one.proprio)
     parts = {
         "physics": lambda: [env.task.step(np.zeros(spaces[2])) for _ in range(env.repeat)],
         "render": env.render,
-        "mask (one stack)": lambda: talas.mask_stack(masker, one.obs),
-        "act": lambda: agent.act(*shown, mean=False),
+        "mask (one stack)": lambda: mask(one.obs),
+        "act": lambda: policy(one.obs, one.mask, one.proprio),
         "sample": lambda: replay.sample(args.batch_size),
-        "update": lambda: agent.update(batch),
+        "update": lambda: update(batch),
     }
+    for _ in range(4):  # compiled and captured
+        update(batch)
     result |= {f"step/{key}": value for key, value in time_in_turn(parts, device, args.repeats).items()}
     if distractors := os.environ.get("TALAS_DISTRACTORS"):
         decode = partial(read_video, list_videos(distractors, "video_hard")[0][0], env.episode_steps + 1, env.size)
@@ -199,14 +214,10 @@ def main(args: Args) -> None:
         title = f"{'masked' if masked else 'unmasked'}, {precision}, {'channels_last' if channels_last else 'contiguous'}"
         ways[title] = lambda which=which: which.update(replay.sample(args.batch_size))
     default = f"masked, {fast}, channels_last"
-    if args.compile:
-        compiled = torch.compile(agent.update, options={"fallback_random": True})
-        ways[f"{default}, compiled"] = lambda: compiled(replay.sample(args.batch_size))
-    if device.type == "cuda":
-        from tensordict.nn import CudaGraphModule
-
-        graph = CudaGraphModule(build(args, spaces, photos, True, fast, True, cudagraphs=True).update, warmup=4)
-        ways[f"{default}, CUDA graph"] = lambda: graph(replay.sample(args.batch_size))
+    for compiled, graph in itertools.product({False, args.compile}, {False, device.type == "cuda"}):
+        if compiled or graph:
+            way = talas.faster(agent, masker, talas.Args(compile=compiled, cudagraphs=graph))[2]
+            ways[default + ", compiled" * compiled + ", CUDA graph" * graph] = lambda way=way: way(replay.sample(args.batch_size))
     yardsticks = ["unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"]
     ways[yardsticks[1]] = lambda: update_masked_at_sampling(agents[True, "fp32", False], replay, args.batch_size)
     updates = time_in_turn(ways, device, args.repeats)
@@ -217,15 +228,12 @@ def main(args: Args) -> None:
     result |= {f"update/{key}": value for key, value in updates.items()}
 
     # ---- the loop: what of the rendering is hidden behind the update
-    for n in (1, 4):  # environments
-        loops: dict[str, list[float]] = {"exact": [], "overlapped": [], "without rendering": []}
-        for _ in range(args.repeats):
-            for key, (overlap, render) in zip(loops, ((False, True), (True, True), (False, False)), strict=True):
-                loops[key].append(time_loop(args, agent, replay, n, overlap, render))
-        exact, overlapped, without = (float(np.median(times)) for times in loops.values())
-        suffix = f"{n} environment{'s' * (n > 1)}"
-        result |= {f"loop/{key}, {suffix}": value for key, value in zip(loops, (exact, overlapped, without), strict=True)}
+    for n in args.loop_envs:
+        suffix, loops = f"{n} environment{'s' * (n > 1)}", time_loops(args, agent, replay, n)
+        exact, overlapped, without, rendering = loops.values()
+        result |= {f"loop/{key}, {suffix}": value for key, value in loops.items()}
         result[f"ratio/rendering hidden behind the update, {suffix}"] = (exact - overlapped) / (exact - without)
+        result[f"ratio/overlapped loop over the slower of its two halves, {suffix}"] = overlapped / max(without, rendering)
 
     # ---- the masker alone, beside the foundation model
     threads, stack = torch.get_num_threads(), one.obs.cpu()

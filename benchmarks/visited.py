@@ -7,6 +7,7 @@ import csv
 import sys
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import with_media
 from envs import Setting, UserError, make_env, mask_iou, write_image
-from talas_asymmetric_sac import Agent, load_agent, observe
+from talas_asymmetric_sac import Agent, load_agent, mask_stack, observe
 
 
 @dataclass
@@ -39,12 +40,12 @@ def roll(agent: Agent, args, prompt: str, setting: Setting, episode: int, simula
     true_masks: deque[torch.Tensor] = deque(maxlen=obs["pixels"].shape[0] // 3)
     total, ious, pictures, done = 0.0, [], [], False
     while not done:
-        pixels, mask, proprio = observe(agent.masker, obs, torch.device("cpu"))
+        pixels, mask, proprio = observe(partial(mask_stack, agent.masker), obs, torch.device("cpu"))
         frame, true, kept = obs["pixels"][-3:], env.segment(env.nameable(prompt)), mask[0, -1].numpy() > 127
         true_masks.extend([torch.from_numpy(true).byte() * 255] * (1 if true_masks else true_masks.maxlen))
         ious.append(mask_iou(kept[None], true[None])[0])
         pictures.append(np.concatenate([frame, frame * kept, frame * true], 1))
-        action = agent.act(pixels, torch.stack(list(true_masks))[None] if simulators else mask, proprio, mean=True)[0]
+        action = agent.policy(pixels, torch.stack(list(true_masks))[None] if simulators else mask, proprio, mean=True)[0].numpy()
         obs, reward, terminated, truncated, _ = env.step(action)
         total, done = total + reward, terminated or truncated
     env.close()

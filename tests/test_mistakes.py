@@ -27,7 +27,6 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--distractors=.", "--eval-settings", "video_hard"], "video_hard/"),
     (RL, [*NO_MASKER, "--eval-settings", "video_hard"], "video_hard needs DMControl-GB's media: --distractors"),
     (RL, [*NO_MASKER, "--device=cuda:99"], "cuda:99"),
-    (RL, [*NO_MASKER, "--cudagraphs", "--device=cpu"], "needs a CUDA GPU"),
     (RL, ["--evaluate=nowhere.pt"], "nowhere.pt: not a checkpoint of this script (FileNotFoundError"),
     (RL, ["--resume=nowhere"], "nowhere: not the folder of a run"),
     (RL, ["--resume="], "not the folder of a run"),  # as of an empty variable of a shell
@@ -111,9 +110,9 @@ def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tm
     with pytest.raises(envs.UserError, match=r"--masker: .* has its own, student"):
         rl.read_args(["--evaluate", agent, "--masker=none"])
     content = envs.load_tensors(Path(agent))
-    envs.save_tensors(tmp_path / "elsewhere.pt", content | {"args": content["args"] | {"track": True, "device": "cuda", "cudagraphs": True}})
+    envs.save_tensors(tmp_path / "elsewhere.pt", content | {"args": content["args"] | {"track": True, "device": "cuda"}})
     elsewhere = rl.read_args(["--evaluate=elsewhere.pt"])[0]  # nothing of which an evaluation on this machine needs
-    assert (elsewhere.track, elsewhere.device, elsewhere.cudagraphs) == (False, "cpu", False)
+    assert (elsewhere.track, elsewhere.device) == (False, "cpu")
     (folder / "args.json").write_text(json.dumps(asdict(args)))
     assert rl.read_args([resume]) == (replace(args, resume=str(folder)), folder)  # an evaluation that was stopped is made once more
     with pytest.raises(envs.UserError, match="--total-timesteps: "):  # which it has no use for

@@ -79,7 +79,7 @@ NOT_FINITE = [("a loss", "obs", "4[3-5]"), ("an action", "pixels", 42), ("a rewa
 
 @pytest.mark.parametrize(("what", "holds", "step"), NOT_FINITE)
 def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, short, what, holds, step):
-    act, update, step_wait, steps = rl.Agent.act, rl.Agent.update, gym.vector.AsyncVectorEnv.step_wait, []
+    policy, update, step_wait, steps = rl.Agent.policy, rl.Agent.update, gym.vector.AsyncVectorEnv.step_wait, []
 
     def spoil(self, batch):
         metrics = update(self, batch)
@@ -94,7 +94,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, short, what, ho
         return obs, rewards * (np.nan if len(steps) == 45 else 1), *rest
 
     if what == "an action":
-        monkeypatch.setattr(rl.Agent, "act", lambda self, *seen, mean: act(self, *seen, mean=mean) * np.nan)
+        monkeypatch.setattr(rl.Agent, "policy", lambda self, *seen, mean: policy(self, *seen, mean=mean) * np.nan)
     if "reward" in what:
         monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step_wait", wait)
     if what == "a weight":
@@ -283,7 +283,7 @@ def test_evaluation_plays_every_episode_once(tmp_path, one_thread):
                     mask = torch.cat([agent.masker(frame).sigmoid() for frame in pixels.float().split(3, 1)])[None]
                 if step % 5 == 0:
                     ious.append(envs.mask_iou(mask[0, -1:].numpy() > 0.5, env.segment("the hand")[None])[0])
-                obs, reward, _, done, _ = env.step(agent.act(pixels, (mask * 255).round().byte(), proprio, mean=True)[0])
+                obs, reward, _, done, _ = env.step(agent.policy(pixels, (mask * 255).round().byte(), proprio, mean=True)[0].numpy())
                 totals[-1] += reward
                 step += 1
         env.close()

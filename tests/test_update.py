@@ -509,7 +509,7 @@ def test_the_policy_acts_on_what_is_masked():
     batch.mask[..., :42] = 0
 
     def act(obs, mask, mean=True):
-        return agent.act(obs, mask, batch.proprio, mean)
+        return agent.policy(obs, mask, batch.proprio, mean).numpy()
 
     hidden, shown, expected = batch.obs.clone(), batch.obs.clone(), act(batch.obs, batch.mask)
     hidden[..., :42], shown[..., 42:] = 255 - hidden[..., :42], 255 - shown[..., 42:]
@@ -673,11 +673,11 @@ def test_vector_environments_leave_transitions_only():
     replay, over = rl.Replay(3, 100, (9, 4, 5), 1, 1, device), np.ones(3, bool)
     for step in range(20):
         if over.any():
-            first = rl.observe(None, vec_env.reset(options={"reset_mask": over})[0], device)
+            first = rl.observe(functools.partial(rl.mask_stack, None), vec_env.reset(options={"reset_mask": over})[0], device)
             replay.add_first(np.flatnonzero(over), *(part[over] for part in first))
         actions = np.array([[step], [step + 100], [step + 200]], np.float32)
         obs, rewards, terminated, truncated, _ = vec_env.step(actions)
-        replay.add_step(actions, rewards, terminated, *rl.observe(None, obs, device))
+        replay.add_step(actions, rewards, terminated, *rl.observe(functools.partial(rl.mask_stack, None), obs, device))
         over = terminated | truncated
     vec_env.close()
     assert replay.n == sum(20 + -(-20 // length) for length in lengths) == len(transitions(replay)) + 20 + 7 + 4
@@ -703,13 +703,13 @@ def looped(request, tmp_path_factory):
     for seed, name in enumerate(("student", "teacher")):
         checkpoint = {"env_id": "cartpole_swingup", "image_size": 84, "prompt": "the pole", "state_dict": make_masker(seed).state_dict()}
         envs.save_tensors(cwd / f"{name}.pt", checkpoint)
-    sample, act = rl.Replay.sample, rl.Agent.act
+    sample, policy = rl.Replay.sample, rl.Agent.policy
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(rl.Replay, "sample", lambda self, n: (asked.append((n, self, self.n)), sample(self, n))[1])
         patch.setattr(rl, "evaluate", lambda *given: (evaluated.append(given[3]), {})[1])  # at the end, which is not what is looked at here
         patch.setattr(torch, "compile", lambda f, **how: (compiled.append(how), lambda batch: (updates.append(batch), f(batch))[1])[1])
-        patch.setattr(rl.Agent, "act", lambda *seen, mean: (acted.append((act(*seen, mean=mean), mean)), acted[-1][0])[1])
+        patch.setattr(rl.Agent, "policy", lambda *seen, mean: (acted.append((policy(*seen, mean=mean), mean)), acted[-1][0])[1])
         args = {"masker_path": ".", "clean_masker": "teacher", "eval_settings": ("train",), "overlay_images": 20, "num_envs": 2}
         args |= {"total_timesteps": 79 if textbook else 80, "learning_starts": 40, "action_repeat": 50, "overlap": not textbook, "compile": textbook}
         rl.main(rl.Args(env="cartpole_swingup", **SMALL | args))
@@ -773,7 +773,7 @@ def test_what_is_observed_is_masked():
     """By the masker that is handed over, frame by frame: what acts, and what lies in replay."""
     masker, rng, device = make_masker(), np.random.default_rng(5), torch.device("cpu")
     looks = [{"pixels": rng.integers(0, 256, (2, 9, 84, 84), np.uint8), "proprio": np.zeros((2, P), np.float32)} for _ in range(2)]
-    replay, seen = rl.Replay(2, 20, (9, 84, 84), P, A, device), [rl.observe(masker, look, device) for look in looks]
+    replay, seen = rl.Replay(2, 20, (9, 84, 84), P, A, device), [rl.observe(functools.partial(rl.mask_stack, masker), look, device) for look in looks]
     replay.add_first(np.arange(2), *seen[0])
     replay.add_step(np.zeros((2, A), np.float32), np.ones(2), np.zeros(2, bool), *seen[1])
     for (pixels, mask, _), look in zip(seen, looks, strict=True):
@@ -888,9 +888,11 @@ def test_replay_and_update_stay_on_their_device_and_wait_for_nothing(monkeypatch
     agent.photos = agent.photos.to(device)
     agent.to(device)
     obs, replay = {"pixels": np.zeros((2, 9, 84, 84), np.uint8), "proprio": np.zeros((2, P), np.float32)}, rl.Replay(2, 20, (9, 84, 84), P, A, device)
-    replay.add_first(np.arange(2), *rl.observe(agent.masker, obs, device))
+    replay.add_first(np.arange(2), *rl.observe(functools.partial(rl.mask_stack, agent.masker), obs, device))
     for _ in range(30):
-        replay.add_step(np.zeros((2, A), np.float32), np.ones(2), np.zeros(2, bool), *rl.observe(agent.masker, obs, device))
+        replay.add_step(
+            np.zeros((2, A), np.float32), np.ones(2), np.zeros(2, bool), *rl.observe(functools.partial(rl.mask_stack, agent.masker), obs, device)
+        )
     batch = replay.sample(4)
     values = [*batch, *agent.update(batch).values()]
     assert len(values) == 15 and all(value.device == device for value in values)
@@ -1055,20 +1057,6 @@ def test_a_state_takes_no_other_replay(tmp_path):
         rl.load_state(tmp_path, *make_run(3, capacity=200))
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_a_resumed_runs_optimizers_are_this_starts(tmp_path, graphs):
-    """A CUDA graph wants Adam's capturable, and --cudagraphs may differ from the interrupted run's."""
-    run, other = make_run(1, capacity=200), make_run(2, capacity=200)
-    for each, on in ((run, not graphs), (other, graphs)):
-        each[0].args.cudagraphs = on
-        for optimizer in each[0].optimizers:
-            optimizer.param_groups[0]["capturable"] = on
-    live(*run, 3)
-    rl.save_state(tmp_path, rl.Progress(step=50), *run, rl.Progress())
-    assert rl.load_state(tmp_path, *other).step == 50
-    assert [optimizer.param_groups[0]["capturable"] for optimizer in other[0].optimizers] == [graphs] * 3
-
-
 def test_replay_that_is_not_whole_is_not_used(tmp_path):
     """A part is lost from the middle; or there is one only, of a checkpoint that was never finished; it goes with the next."""
     run, before = make_run(1, capacity=200), rl.Progress()
@@ -1209,5 +1197,5 @@ def test_checkpoint_round_trip(tmp_path, precision):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert (checkpoint["args"], checkpoint["step"], checkpoint["prompt"], checkpoint["segmenter"]) == (agent.args, 7, "the walker", "sim")
     observation = batch.obs[:1], batch.mask[:1], batch.proprio[:1]
-    np.testing.assert_array_equal(other.act(*observation, mean=True), agent.act(*observation, mean=True))
+    assert torch.equal(other.policy(*observation, mean=True), agent.policy(*observation, mean=True))
     assert other.masker.stem.weight.dtype == agent.masker.stem.weight.dtype == agent.dtype
