@@ -868,7 +868,8 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     kept = torch.where(patched < 0.5, patches, lines & (patched < 0.8))  # of the scene
     keep = torch.maximum(keep, kept.to(keep.dtype))
     inside = reduce(torch.minimum, four_neighbours(keep, 1))  # 1 where no neighbour is beyond the mask's edge
-    dark = (seamed < 0.8) * (1 - inside) * torch.rand_like(keep) * 0.75
+    noise = torch.rand(keep.shape, dtype=keep.dtype, device=device)  # rand_like would go by the layout, which torch.compile is free to choose
+    dark = (seamed < 0.8) * (1 - inside) * noise * 0.75
     swapped = (frames * (keep * (1 - dark)).unsqueeze(2)).addcmul_(image, (1 - keep).unsqueeze(2))
     return torch.cat([*parts, swapped]).flatten(1, 2)
 

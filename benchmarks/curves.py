@@ -43,7 +43,9 @@ def draw(path: Path, window: int = 5) -> None:
             if row["run"] == label:
                 points.setdefault(row["figure"], []).append((float(row["step"]), float(row["value"])))
         steps, returns = np.array(points.pop("train_return", [])).reshape(-1, 2).T
-        w = window if len(steps) >= 2 * window else 1  # of a short run, each episode
+        ends = np.unique(steps)
+        w = window if len(steps) >= 2 * window and len(ends) == len(steps) else 1  # of a short run, each episode
+        steps, returns = ends, np.array([returns[steps == end].mean() for end in ends])  # of several environments, episodes that end together
         smooth = np.convolve(returns, np.ones(w) / w, mode="valid") if len(steps) else returns
         axes.plot(steps[w - 1 :], smooth, alpha=0.6, color=colour)
         runs[label] = Line2D([], [], color=colour, linewidth=4)

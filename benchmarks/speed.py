@@ -28,7 +28,18 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import UserError, cpu_has_bf16, list_videos, load_photographs, make_env, make_env_in_worker, read_video, set_up_torch, write_json
+from envs import (
+    UserError,
+    cpu_has_bf16,
+    list_videos,
+    load_photographs,
+    make_env,
+    make_env_in_worker,
+    read_video,
+    set_up_torch,
+    write_json,
+    write_whole,
+)
 
 
 @dataclass
@@ -152,6 +163,17 @@ def time_loops(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: i
     return {kind: float(np.median(times)) for kind, times in loops.items()}
 
 
+def profile(update: Callable, batch: talas.Batch, device: torch.device) -> str:
+    """The operations of five updates, the dearest first; on a GPU its kernels as well, which of a CUDA graph are all that there is."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * (device.type == "cuda")]) as profiler:
+        for _ in range(5):
+            update(batch)
+        sync(device)
+    by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=50, max_name_column_width=100)
+
+
 def time_sam() -> float:
     """Seconds for one frame's image embedding and one box's mask by segment-anything's ViT-B with random weights, on the CPU."""
     if "+cpu" in torch.__version__:  # torchvision's compiled ops, which it declares on import, are missing beside such a torch; twice would abort
@@ -213,11 +235,12 @@ def main(args: Args) -> None:
     for (masked, precision, channels_last), which in agents.items():
         title = f"{'masked' if masked else 'unmasked'}, {precision}, {'channels_last' if channels_last else 'contiguous'}"
         ways[title] = lambda which=which: which.update(replay.sample(args.batch_size))
-    default = f"masked, {fast}, channels_last"
+    plain = f"masked, {fast}, channels_last"
+    default = plain + ", CUDA graph" * (device.type == "cuda")
     for compiled, graph in itertools.product({False, args.compile}, {False, device.type == "cuda"}):
         if compiled or graph:
             way = talas.faster(agent, masker, talas.Args(compile=compiled, cudagraphs=graph))[2]
-            ways[default + ", compiled" * compiled + ", CUDA graph" * graph] = lambda way=way: way(replay.sample(args.batch_size))
+            ways[plain + ", compiled" * compiled + ", CUDA graph" * graph] = lambda way=way: way(replay.sample(args.batch_size))
     yardsticks = ["unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"]
     ways[yardsticks[1]] = lambda: update_masked_at_sampling(agents[True, "fp32", False], replay, args.batch_size)
     updates = time_in_turn(ways, device, args.repeats)
@@ -249,9 +272,9 @@ def main(args: Args) -> None:
         result["ratio/segment-anything over masker, per frame, all threads"] = sam / (result[key] / 3)
 
     # ---- replay: does the update's time grow with it, and what does it take
-    few = time_in_turn({"": lambda: agent.update(replay.sample(args.batch_size))}, device, args.repeats)[""]
+    few = time_in_turn({"": lambda: update(replay.sample(args.batch_size))}, device, args.repeats)[""]
     fill(replay, args.stored[1] - args.stored[0])
-    many = time_in_turn({"": lambda: agent.update(replay.sample(args.batch_size))}, device, args.repeats)[""]
+    many = time_in_turn({"": lambda: update(replay.sample(args.batch_size))}, device, args.repeats)[""]
     arrays = sum(value.nbytes for value in vars(replay).values() if torch.is_tensor(value))
     result |= {f"replay/update at {args.stored[0]:,} steps": few, f"replay/update at {args.stored[1]:,} steps": many}
     result |= {
@@ -259,7 +282,7 @@ def main(args: Args) -> None:
         "replay/GB of the process at its peak, with the emptier replay": resident / 1e9,
     }
 
-    for title in [*yardsticks, *(title for title in updates if title.startswith(f"{default}, "))]:
+    for title in [*yardsticks, *(title for title in updates if title.startswith(plain) and title != default)]:
         result[f"ratio/update {title}, over the default"] = updates[title] / updates[default]
     result["ratio/update at the fuller replay over the emptier"] = many / few
 
@@ -269,7 +292,8 @@ def main(args: Args) -> None:
     path = Path(args.output) / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
-    print(f"written: {path}")
+    write_whole(path.with_suffix(".txt"), partial(Path.write_text, data=profile(update, batch, device)))
+    print(f"written: {path}, and beside it as .txt what an update spends its time on")
     env.close()
 
 

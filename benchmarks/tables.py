@@ -118,7 +118,10 @@ def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[
     """A row per agent: mean return, its 95% interval over episodes, their number, Adroit's success rate; the drops; the page's TaLaS and its best."""
     rows = []
     for run in sorted(runs, key=lambda run: (run["env"], -int(run["agent_steps"]), list(METHODS).index(run["method"]), int(run["seed"]))):
-        cells, means = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"{int(run['agent_steps']):,} × {run['action_repeat']}"], {}
+        cells, means = (
+            [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"`{run['commit']}`", f"{int(run['agent_steps']):,} × {run['action_repeat']}"],
+            {},
+        )
         for setting in played_in(episodes):
             played = [row for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)]
             returns, success = (np.array([float(row[key]) for row in played]) for key in ("return", "success"))
@@ -135,7 +138,7 @@ def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[
             said = {row["method"]: float(row["mean_return"]) for row in page if (row["task"], row["setting"]) == (run["env"], setting)}
             cells.append(f"{said['TaLaS']:g} / {max(said.values()):g}" if said else "")
         rows.append(cells)
-    head = ["task", "method", "seed", "agent steps × repeat", *played_in(episodes), "drop from train", "from easy"]
+    head = ["task", "method", "seed", "commit", "agent steps × repeat", *played_in(episodes), "drop from train", "from easy"]
     return table([*head, "page, easy: TaLaS / best", "page, hard: TaLaS / best"], rows)
 
 
@@ -149,8 +152,8 @@ def masks(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
             iou, iou_1px = np.mean(pairs, 0) if pairs else (np.nan, np.nan)
             cells.append("" if np.isnan(iou) else f"{iou:.3f} ({iou_1px:.3f})")
         if any(cells):
-            rows.append([f"`{run['env']}`", METHODS[run["method"]], run["seed"], *cells])
-    return table(["task", "method", "seed", *played_in(episodes)], rows)
+            rows.append([f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"`{run['commit']}`", *cells])
+    return table(["task", "method", "seed", "commit", *played_in(episodes)], rows)
 
 
 def sources(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:

@@ -817,7 +817,7 @@ def test_every_way_to_compute_gives_the_same_losses():
 )
 def test_compiled_losses():
     """--compile, as the script compiles: three updates that learn, from the same weights and random numbers."""
-    eager, compiled = make_agent(), make_agent()
+    eager, compiled = (make_agent(augmentation="mix") for _ in range(2))
     compiled.update = torch.compile(compiled.update, options={"fallback_random": True})
     for seed in range(3):
         expected, got = (update(agent, make_batch(4, seed=seed), seed) for agent in (eager, compiled))
@@ -898,6 +898,16 @@ def test_replay_and_update_stay_on_their_device_and_wait_for_nothing(monkeypatch
     assert len(values) == 15 and all(value.device == device for value in values)
     with pytest.raises(RuntimeError, match="meta"):
         values[-1].item()
+
+
+@pytest.mark.parametrize("kind", ["overlay", "swap", "mix"])
+def test_augmentations_bear_a_gpus_autocast(monkeypatch, kind):
+    """There sums of bf16 are fp32, and lerp takes one kind only."""
+    total = torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self, *args, **kwargs: total(self.float(), *args, **kwargs))
+    obs, photos = torch.rand(20, 9, 84, 84).bfloat16() * 255, torch.randint(256, (5, 3, 128, 128), dtype=torch.uint8)
+    augmented = envs.augment(obs, torch.rand(20, 3, 84, 84), photos, kind)
+    assert augmented.dtype == torch.bfloat16 and augmented.shape == obs.shape
 
 
 @pytest.mark.filterwarnings("ignore:This module is instantiated on a machine without CUDA")
