@@ -118,10 +118,8 @@ def ours(runs: list[dict[str, str]], episodes: list[dict[str, str]], page: list[
     """A row per agent: mean return, its 95% interval over episodes, their number, Adroit's success rate; the drops; the page's TaLaS and its best."""
     rows = []
     for run in sorted(runs, key=lambda run: (run["env"], -int(run["agent_steps"]), list(METHODS).index(run["method"]), int(run["seed"]))):
-        cells, means = (
-            [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"`{run['commit']}`", f"{int(run['agent_steps']):,} × {run['action_repeat']}"],
-            {},
-        )
+        steps = f"{int(run['agent_steps']):,} × {run['action_repeat']}"
+        cells, means = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"`{run['commit']}`", steps], {}
         for setting in played_in(episodes):
             played = [row for row in episodes if (row["run"], row["setting"]) == (run["run"], setting)]
             returns, success = (np.array([float(row[key]) for row in played]) for key in ("return", "success"))

@@ -66,11 +66,11 @@ def test_rows_of_a_run_are_replaced(tmp_path):
 
 def test_small_and_negative_returns():
     """Three digits, Adroit's success, and no share lost of what is no gain."""
-    run = {"run": "a", "env": "pen", "method": "talas", "seed": "1", "agent_steps": "1000", "action_repeat": "2"}
+    run = {"run": "a", "env": "pen", "method": "talas", "seed": "1", "commit": "abc1234", "agent_steps": "1000", "action_repeat": "2"}
 
     def cells(**returns: float) -> list[str]:
         episodes = [{"run": "a", "setting": s, "return": str(value), "success": "0.5"} for s, value in returns.items()]
-        return [cell.strip() for cell in tables.ours([run], episodes, []).splitlines()[2].split("|")[5:11]]
+        return [cell.strip() for cell in tables.ours([run], episodes, []).splitlines()[2].split("|")[6:12]]
 
     assert cells(train=0.4444, video_hard=0.3333) == [
         "0.444 (0.444 to 0.444; 1), success 50%",
