@@ -105,7 +105,7 @@ class Args:
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True  # simulate and render the next frame during the update, whose replay then lacks it; --no-overlap: the textbook's order
     compile: bool = False  # torch.compile the update (needs g++ and Python's headers, and a minute or two at the first update)
-    cudagraphs: bool = True  # on a CUDA GPU, update, policy and masker as a CUDA graph each: the same numbers by one launch instead of hundreds
+    cudagraphs: bool = True  # on a CUDA GPU, update, policy and masker as a CUDA graph each: one launch instead of hundreds
     torch_deterministic: bool = True  # use deterministic kernels where torch has them
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "talas"  # the project there (the team comes from WANDB_ENTITY)
@@ -450,7 +450,10 @@ class Replay:
         head = min(len(numbers), self.capacity - start)  # the rest goes to the ring's beginning
         for store, content in zip((getattr(self, key) for key in self.STORES), rows, strict=True):
             content = content.to(store.device, store.dtype, non_blocking=True)
-            store[start : start + head], store[: len(numbers) - head] = content[:head], content[head:]  # by index, a GPU would sort first
+            store[start : start + head], store[: len(numbers) - head] = (
+                content[:head],
+                content[head:],
+            )  # by index, deterministically, a GPU would sort
         self.n = int(numbers[-1]) + 1
 
     def written_since(self, before: int) -> dict[str, torch.Tensor]:
@@ -461,10 +464,10 @@ class Replay:
 
     def restore(self, written: dict[str, torch.Tensor]) -> None:
         """What written_since returned, in the same order."""
-        numbers = written["numbers"]
+        numbers, *rows = (written[key][-self.capacity :] for key in ("numbers", *self.STORES))
         if numbers[0] != self.n:  # the rows before are lost, or were overwritten
             self.first = int(numbers[0])
-        self._write(numbers, [written[key] for key in self.STORES])
+        self._write(numbers, rows)
 
     def _stacks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stacks (B, 3k, H, W) and masks (B, k, H, W) of the frames in slots (B, k), and the last one's proprioception (B, P)."""
@@ -556,6 +559,7 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
             agent.load_state_dict(state["agent"])
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
+                optimizer.param_groups[0]["capturable"] = True  # it was not always
             torch.set_rng_state(state["torch"])
             if replay.frames.is_cuda and state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], replay.frames.device)
@@ -674,12 +678,12 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
-def faster(agent: Agent, clean_masker: Masker | None, args: Args) -> tuple[Callable, Callable, Callable]:
+def faster(agent: Agent, clean_masker: Masker | None, args: Args, device: torch.device) -> tuple[Callable, Callable, Callable]:
     """The masking of an observation, the collecting policy and the update, as --compile and --cudagraphs want them."""
     mask, policy, update = partial(mask_stack, clean_masker), partial(agent.policy, mean=False), agent.update
     if args.compile:
         update = torch.compile(update, options={"fallback_random": True})  # eager mode's random numbers
-    if args.cudagraphs and agent.log_alpha.is_cuda:  # They read tensors; a Python number stays as captured
+    if args.cudagraphs and device.type == "cuda":  # They read tensors; a Python number stays as captured
         os.environ.setdefault("TD_LOGGING_LEVEL", "WARNING")
         from tensordict.nn import CudaGraphModule  # takes a second or two
 
@@ -719,7 +723,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
     except RuntimeError:
         raise UserError(f"--replay-size {args.replay_size:,}: {size:.1f} GB cannot be had on {device}; give a smaller one") from None
-    mask, policy, update = faster(agent, clean_masker, args)
+    mask, policy, update = faster(agent, clean_masker, args, device)
 
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)

@@ -35,15 +35,17 @@ def bars(results: Path) -> None:
             for row in page
             if row["task"] == task and row["setting"] == "video_hard"
         ]
-        ours = defaultdict(list)  # of a method at a budget, each run's mean
+        ours = defaultdict(lambda: defaultdict(list))  # of a method at a budget, by commit, each run's mean
         for run in (run for run in runs if run["env"] == task):
             returns = [float(row["return"]) for row in episodes if (row["run"], row["setting"]) == (run["run"], "video_hard")]
             if returns:
-                ours[METHODS[run["method"]], int(run["agent_steps"]), run["action_repeat"], run["segmenter"]].append(np.mean(returns))
+                what = METHODS[run["method"]], int(run["agent_steps"]), run["action_repeat"], run["segmenter"]
+                ours[what][run["commit"]].append(np.mean(returns))
         for (method, steps, repeat, segmenter), runs_of in ours.items():
             method += f" ×{repeat}" * (int(repeat) != task_row(task).repeat) + f" ({segmenter})" * (segmenter not in ("sim", "none"))
-            count = f", {len(runs_of)} runs" * (len(runs_of) > 1)
-            shown.append((f"ours: {method}, {steps / 1000:g}k{count}", float(np.mean(runs_of)), "tab:orange"))
+            for commit, means in runs_of.items():
+                which = f" ({commit})" * (len(runs_of) > 1) + f", {len(means)} runs" * (len(means) > 1)
+                shown.append((f"ours: {method}, {steps / 1000:g}k{which}", float(np.mean(means)), "tab:orange"))
         names, values, colours = zip(*shown, strict=True)
         axes.barh(names, values, color=colours)
         axes.invert_yaxis()

@@ -8,6 +8,7 @@ The masker and the agent have random weights: how long they take does not depend
 """
 
 import itertools
+import math
 import multiprocessing
 import os
 import platform
@@ -128,7 +129,8 @@ def time_plain(args: Args, spaces: tuple[int, int, int]) -> dict[str, float]:
 
 def time_loops(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: int) -> dict[str, float]:
     """Seconds per agent step of loops like the script's; of one that does not render, and of one that does nothing else: medians of rounds."""
-    device, (mask, policy, update) = replay.frames.device, talas.faster(agent, agent.masker, talas.Args(compile=args.compile))
+    device = replay.frames.device
+    mask, policy, update = talas.faster(agent, agent.masker, talas.Args(compile=args.compile), device)
     vec_env = gym.vector.AsyncVectorEnv([partial(make_env_in_worker, args.env, seed=i) for i in range(num_envs)], context="spawn")
     obs, _ = vec_env.reset()
     loops: dict[str, list[float]] = {"exact": [], "overlapped": [], "without rendering": [], "rendering alone": []}
@@ -155,7 +157,7 @@ def time_loops(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: i
 
     for _ in range(args.repeats):
         for kind, times in loops.items():
-            run(kind, 8 * num_envs)  # until a CUDA graph is captured, which is by the fourth time; two updates at least
+            run(kind, max(4 * num_envs, math.ceil(4 / args.updates_per_step)))  # a CUDA graph is captured by the fourth time
             began, steps = time.perf_counter(), args.loop_steps // num_envs * num_envs
             run(kind, steps)
             times.append((time.perf_counter() - began) / steps)
@@ -194,6 +196,8 @@ def time_sam() -> float:
 def main(args: Args) -> None:
     if args.loop_steps < 8 or args.repeats < 1:
         raise UserError("--loop-steps has to be at least 8, two updates of the slowest loop, and --repeats 1")
+    if args.updates_per_step <= 0 or not args.loop_envs or min(args.loop_envs) < 1:
+        raise UserError("--updates-per-step has to be above 0, and --loop-envs at least 1")
     if not 0 < args.stored[0] < args.stored[1]:
         raise UserError("--stored: is two numbers of steps, the smaller first")
     device, bf16 = set_up_torch(args.device, 0, True)
@@ -212,7 +216,7 @@ def main(args: Args) -> None:
 
     # ---- the parts of a step
     masker, one = agent.masker, replay.sample(1)
-    mask, policy, update = talas.faster(agent, masker, talas.Args(compile=args.compile))
+    mask, policy, update = talas.faster(agent, masker, talas.Args(compile=args.compile), device)
     batch = replay.sample(args.batch_size)
     parts = {
         "physics": lambda: [env.task.step(np.zeros(spaces[2])) for _ in range(env.repeat)],
@@ -239,7 +243,7 @@ def main(args: Args) -> None:
     default = plain + ", CUDA graph" * (device.type == "cuda")
     for compiled, graph in itertools.product({False, args.compile}, {False, device.type == "cuda"}):
         if compiled or graph:
-            way = talas.faster(agent, masker, talas.Args(compile=compiled, cudagraphs=graph))[2]
+            way = talas.faster(agent, masker, talas.Args(compile=compiled, cudagraphs=graph), device)[2]
             ways[plain + ", compiled" * compiled + ", CUDA graph" * graph] = lambda way=way: way(replay.sample(args.batch_size))
     yardsticks = ["unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"]
     ways[yardsticks[1]] = lambda: update_masked_at_sampling(agents[True, "fp32", False], replay, args.batch_size)

@@ -161,8 +161,9 @@ def sources(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> str:
         counts = {setting: sum((row["run"], row["setting"]) == (run["run"], setting) for row in episodes) for setting in played_in(episodes)}
         played = ", ".join(f"{setting} {count}" for setting, count in counts.items() if count)
         played += f"; {skipped} videos that could not be decoded left out" if (skipped := int(run.get("videos_skipped") or 0)) else ""
-        hours = f"{float(run['seconds']) / 3600:.1f} h" if run["seconds"] else ""
-        about = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"`{run['commit']}`", run["machine"], run["precision"], hours]
+        seconds = float(run["seconds"] or 0)
+        taken = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min" if seconds else ""
+        about = [f"`{run['env']}`", METHODS[run["method"]], run["seed"], f"`{run['commit']}`", run["machine"], run["precision"], taken]
         rows.append([*about, run["segmenter"], played, f"`{run['command']}`"])
     return table(["task", "method", "seed", "commit", "machine", "precision", "wall time", "masks", "episodes", "command"], rows)
 

@@ -900,13 +900,12 @@ def test_replay_and_update_stay_on_their_device_and_wait_for_nothing(monkeypatch
         values[-1].item()
 
 
-@pytest.mark.parametrize("kind", ["overlay", "swap", "mix"])
-def test_augmentations_bear_a_gpus_autocast(monkeypatch, kind):
+def test_mix_bears_a_gpus_autocast(monkeypatch):
     """There sums of bf16 are fp32, and lerp takes one kind only."""
     total = torch.Tensor.sum
     monkeypatch.setattr(torch.Tensor, "sum", lambda self, *args, **kwargs: total(self.float(), *args, **kwargs))
     obs, photos = torch.rand(20, 9, 84, 84).bfloat16() * 255, torch.randint(256, (5, 3, 128, 128), dtype=torch.uint8)
-    augmented = envs.augment(obs, torch.rand(20, 3, 84, 84), photos, kind)
+    augmented = envs.augment(obs, torch.rand(20, 3, 84, 84), photos, "mix")
     assert augmented.dtype == torch.bfloat16 and augmented.shape == obs.shape
 
 
@@ -915,12 +914,20 @@ def test_graphed_update_is_the_update():
     """Where there is no GPU, tensordict passes through: what can be tested here is that every field of a batch reaches the update."""
     from tensordict.nn import CudaGraphModule
 
-    agents = [make_agent() for _ in range(2)]
-    for update in (agents[0].update, CudaGraphModule(agents[1].update, warmup=4)):
+    agents, clean_masker, batch = [make_agent() for _ in range(2)], make_masker(7), make_batch(4)
+    mask, policy, graphed = faster = rl.faster(agents[1], clean_masker, rl.Args(), torch.device("cuda"))
+    assert all(isinstance(function, CudaGraphModule) for function in faster)
+    for update in (agents[0].update, graphed):
         torch.manual_seed(5)
-        metrics = update(make_batch(4))
+        metrics = update(batch)
         assert {"losses/qf_loss", "losses/actor_loss"} <= metrics.keys()
     assert same(weights(agents[0]), weights(agents[1]))
+    assert torch.equal(mask(batch.obs), rl.mask_stack(clean_masker, batch.obs))
+    actions = []
+    for act in (policy, functools.partial(agents[1].policy, mean=False)):
+        torch.manual_seed(6)
+        actions.append(act(batch.obs, batch.mask, batch.proprio))
+    assert torch.equal(*actions)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full"), RuntimeError("what torch.save raises")])
@@ -1065,6 +1072,17 @@ def test_a_state_takes_no_other_replay(tmp_path):
     envs.save_tensors(tmp_path / "0000000050.replay.pt", other[1].written_since(0))
     with pytest.raises(UserError, match="none of its checkpoints can be used"):
         rl.load_state(tmp_path, *make_run(3, capacity=200))
+
+
+def test_an_old_runs_optimizers_can_be_captured(tmp_path):
+    """A CUDA graph wants Adam's capturable, which states did not always have."""
+    run, other = make_run(1, capacity=200), make_run(2, capacity=200)
+    for optimizer in run[0].optimizers:
+        optimizer.param_groups[0]["capturable"] = False
+    live(*run, 3)
+    rl.save_state(tmp_path, rl.Progress(step=50), *run, rl.Progress())
+    assert rl.load_state(tmp_path, *other).step == 50
+    assert all(optimizer.param_groups[0]["capturable"] for optimizer in other[0].optimizers)
 
 
 def test_replay_that_is_not_whole_is_not_used(tmp_path):
