@@ -101,7 +101,7 @@ class Args:
     checkpoint_every: int = 2500  # agent steps between checkpoints, each at the next end of an episode; replay, all of it, lies on the disk as well
     exp_name: str = "talas"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks; losses are fp32. auto: bf16, nearly twice as fast, where the device has it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks; losses are fp32. auto: bf16 where it is fast; fp32: on a GPU with TF32
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True  # simulate and render the next frame during the update, whose replay then lacks it; --no-overlap: the textbook's order
     compile: bool = False  # torch.compile the update (needs g++ and Python's headers, and a minute or two at the first update)
