@@ -239,12 +239,12 @@ def main(args: Args) -> None:
     for (masked, precision, channels_last), which in agents.items():
         title = f"{'masked' if masked else 'unmasked'}, {precision}, {'channels_last' if channels_last else 'contiguous'}"
         ways[title] = lambda which=which: which.update(replay.sample(args.batch_size))
-    plain = f"masked, {fast}, channels_last"
-    default = plain + ", CUDA graph" * (device.type == "cuda")
+    launched = f"masked, {fast}, channels_last"
+    default = launched + ", CUDA graph" * (device.type == "cuda")
     for compiled, graph in itertools.product({False, args.compile}, {False, device.type == "cuda"}):
         if compiled or graph:
             way = talas.faster(agent, masker, talas.Args(compile=compiled, cudagraphs=graph), device)[2]
-            ways[plain + ", compiled" * compiled + ", CUDA graph" * graph] = lambda way=way: way(replay.sample(args.batch_size))
+            ways[launched + ", compiled" * compiled + ", CUDA graph" * graph] = lambda way=way: way(replay.sample(args.batch_size))
     yardsticks = ["unmasked, fp32, contiguous", "masked, fp32, contiguous, masked at sampling"]
     ways[yardsticks[1]] = lambda: update_masked_at_sampling(agents[True, "fp32", False], replay, args.batch_size)
     updates = time_in_turn(ways, device, args.repeats)
@@ -286,7 +286,7 @@ def main(args: Args) -> None:
         "replay/GB of the process at its peak, with the emptier replay": resident / 1e9,
     }
 
-    for title in [*yardsticks, *(title for title in updates if title.startswith(plain) and title != default)]:
+    for title in [*yardsticks, *(title for title in updates if title.startswith(launched) and title != default)]:
         result[f"ratio/update {title}, over the default"] = updates[title] / updates[default]
     result["ratio/update at the fuller replay over the emptier"] = many / few
 
