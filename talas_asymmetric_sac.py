@@ -450,10 +450,8 @@ class Replay:
         head = min(len(numbers), self.capacity - start)  # the rest goes to the ring's beginning
         for store, content in zip((getattr(self, key) for key in self.STORES), rows, strict=True):
             content = content.to(store.device, store.dtype, non_blocking=True)
-            store[start : start + head], store[: len(numbers) - head] = (
-                content[:head],
-                content[head:],
-            )  # by index, deterministically, a GPU would sort
+            # slices: by index a GPU that is told to be deterministic would sort
+            store[start : start + head], store[: len(numbers) - head] = content[:head], content[head:]
         self.n = int(numbers[-1]) + 1
 
     def written_since(self, before: int) -> dict[str, torch.Tensor]:
@@ -684,7 +682,7 @@ def faster(agent: Agent, clean_masker: Masker | None, args: Args, device: torch.
     if args.compile:
         update = torch.compile(update, options={"fallback_random": True})  # eager mode's random numbers
     if args.cudagraphs and device.type == "cuda":  # They read tensors; a Python number stays as captured
-        os.environ.setdefault("TD_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("TD_LOGGING_LEVEL", "WARNING")  # or it tells of every capture
         from tensordict.nn import CudaGraphModule  # takes a second or two
 
         mask, policy, update = (CudaGraphModule(function, warmup=4) for function in (mask, policy, update))

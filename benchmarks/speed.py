@@ -4,7 +4,8 @@
     python benchmarks/speed.py --no-sam        without the foundation model, whose image encoder takes ten seconds and more a frame on a CPU
     python benchmarks/speed.py --compile --updates-per-step 1 --loop-envs 1 8 --loop-steps 800           for a GPU
 
-The masker and the agent have random weights: how long they take does not depend on what they have learned. Writes <output>/<device>.json.
+The masker and the agent have random weights: how long they take does not depend on what they have learned. Writes <output>/<device>.json, and as
+<device>.txt what an update spends its time on.
 """
 
 import itertools
@@ -194,10 +195,10 @@ def time_sam() -> float:
 
 
 def main(args: Args) -> None:
-    if args.loop_steps < 8 or args.repeats < 1:
-        raise UserError("--loop-steps has to be at least 8, two updates of the slowest loop, and --repeats 1")
-    if args.updates_per_step <= 0 or not args.loop_envs or min(args.loop_envs) < 1:
+    if args.updates_per_step <= 0 or min(args.loop_envs, default=0) < 1:
         raise UserError("--updates-per-step has to be above 0, and --loop-envs at least 1")
+    if args.loop_steps < max(8, *args.loop_envs) or args.repeats < 1:
+        raise UserError("--loop-steps has to be at least 8, and a step of every one of --loop-envs, and --repeats 1")
     if not 0 < args.stored[0] < args.stored[1]:
         raise UserError("--stored: is two numbers of steps, the smaller first")
     device, bf16 = set_up_torch(args.device, 0, True)

@@ -818,7 +818,7 @@ def test_every_way_to_compute_gives_the_same_losses():
 def test_compiled_losses():
     """--compile, as the script compiles: three updates that learn, from the same weights and random numbers."""
     eager, compiled = (make_agent(augmentation="mix") for _ in range(2))
-    compiled.update = torch.compile(compiled.update, options={"fallback_random": True})
+    _, _, compiled.update = rl.faster(compiled, None, rl.Args(compile=True), torch.device("cpu"))
     for seed in range(3):
         expected, got = (update(agent, make_batch(4, seed=seed), seed) for agent in (eager, compiled))
         assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
