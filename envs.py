@@ -15,6 +15,7 @@ import difflib
 import fnmatch
 import io
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -52,6 +53,8 @@ import tyro
 from dm_control import suite
 from dm_control.suite import common
 from dm_control.utils import rewards
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo deprecates what the suite's models say, once per environment; no user can mend that
 
 Setting = Literal["train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
@@ -106,8 +109,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save's RuntimeError does not say why; of the temporary file's name nobody has heard
-        why = "is the disk full?" if isinstance(error, RuntimeError) else error.strerror or error
+    except Exception as error:  # torch.save's RuntimeError does not say why, a broken ffmpeg's may be any; the temporary name nobody has heard of
+        why = "is the disk full?" if isinstance(error, RuntimeError) else getattr(error, "strerror", None) or brief(error)
         raise OSError(f"{why}: '{path}'") from error
     finally:
         with contextlib.suppress(OSError):  # as where its folder is a file

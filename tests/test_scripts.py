@@ -147,6 +147,17 @@ def test_evaluate_a_checkpoint(trained, tmp_path):
     check_film(folder / "train.mp4", LENGTHS["cartpole_swingup"])
 
 
+def test_a_broken_ffmpeg_costs_the_films_only(trained, tmp_path):
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text("#!/bin/sh\n")  # an encoder that knows none: imageio raises an IndexError
+    ffmpeg.chmod(0o755)
+    flags = (f"--evaluate={trained('cartpole_swingup').run}/checkpoint.pt", "--eval-episodes=1", "--eval-settings", "train", "procedural")
+    _, err = finish(start(RL, *flags, cwd=tmp_path, IMAGEIO_FFMPEG_EXE=str(ffmpeg)))
+    assert err.count("a film cannot be written") == 1 and "Traceback" not in err
+    assert {"eval/train/return_mean", "eval/procedural/return_mean"} <= metrics(folder := only(tmp_path, "runs/*")).keys()
+    assert not list(folder.rglob("*.mp4"))
+
+
 def test_one_seed_is_one_run(trained, tmp_path, monkeypatch, one_thread):
     """The same twice, at once, with every masker flag, whether or not it is evaluated on the way; with another seed, or masker, something else."""
     t = trained("cartpole_swingup")
