@@ -19,7 +19,7 @@ import tyro
 
 import envs
 import talas_asymmetric_sac as rl
-from benchmarks import curves, evaluate, figures, masks, tables, train_all
+from benchmarks import curves, equal, evaluate, figures, masks, tables, train_all
 from benchmarks.embeddings import tightness
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -271,3 +271,21 @@ def test_maskers_figures_are_of_the_run_that_made_them(tmp_path, monkeypatch):
         masks.newest_run("walker_walk", "phase1", Path("runs/maskers/walker_walk"))
     with pytest.raises(envs.UserError, match=r"student.pt: not there"):
         masks.main(masks.Args(envs=("walker_walk",)))
+
+
+def test_equal_tells_rounding_from_sameness(capsys):
+    """The same again differs nowhere; weights a ten-millionth off make a difference, and a small one."""
+    equal.main(equal.Args(precision="fp32", batch_size=4, updates=7, compile=False, device="cpu"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.search(r"e[+-]\d\d", line)]
+    apart = {line[:24].strip() + line[24:32].strip(): [float(value) for value in line[32:].split()] for line in lines}
+    assert list(apart) == ["again1", "again6", "again7", *(f"a ten-millionth off{n}" for n in (1, 6, 7))]
+    assert not any(value for key, values in apart.items() if key.startswith("again") for value in values)
+    first, *_, last = (values for key, values in apart.items() if key.startswith("a ten"))
+    assert 0 < max(first) <= max(last) < 0.5  # by how much it grows depends on the processor
+    assert len(last) == 7  # six metrics and the actions
+
+
+def test_a_policy_whose_noise_stands_still_is_found(monkeypatch):
+    monkeypatch.setattr(rl, "faster", lambda agent, *_: (None, partial(agent.policy, mean=True), agent.update))
+    with pytest.raises(envs.UserError, match="same noise"):
+        equal.main(equal.Args(batch_size=4, updates=1, compile=False, device="cpu"))
