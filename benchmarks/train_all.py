@@ -36,6 +36,7 @@ VARIANTS = {  # the README's ablations
     "teacher": "--masker teacher",
     "teacher_mix": "--masker teacher --augmentation mix",
     "figure2": "--clean-masker teacher",
+    "figure2_mix": "--clean-masker teacher --augmentation mix",
     "sada": "--masker none",
     "svea": "--masker none --actor-views clean",
     "sac": "--masker none --actor-views clean --critic-views clean",
@@ -47,7 +48,7 @@ class Args:
     envs: tuple[str, ...]
     """tasks"""
     seeds: tuple[int, ...] = (1,)  # a run for each task and variant
-    variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, symmetric_mix, teacher, teacher_mix, figure2, sada, svea, sac
+    variants: tuple[str, ...] = ("talas",)  # talas, talas_mix, symmetric, symmetric_mix, teacher, teacher_mix, figure2, figure2_mix, sada, svea, sac
     flags: str = ""  # what every run is given besides, as one string with an equals sign: --flags="--total-timesteps 100000 --encoder small"
     name: str = ""  # goes before the variant in runs' names, so that another sweep's runs, with other flags, are told apart: small_talas, ...
     jobs: int = 2  # runs at a time; each computes with an equal share of the cores, but for its evaluations
