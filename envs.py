@@ -44,6 +44,7 @@ except Exception as error:  # PyOpenGL fails in many ways when there is no EGL, 
 
 import cv2
 import gymnasium as gym
+import imageio.v2 as imageio
 import mujoco_menagerie
 import numpy as np
 import PIL.Image
@@ -54,7 +55,8 @@ from dm_control import suite
 from dm_control.suite import common
 from dm_control.utils import rewards
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # MuJoCo deprecates what the suite's models say, once per environment; no user can mend that
+# MuJoCo deprecates what some of the suite's models say, and tells in every process; no user can mend that.
+logging.getLogger("absl").addFilter(lambda record: "deprecated" not in record.getMessage())
 
 Setting = Literal["train", "color_easy", "color_hard", "video_easy", "video_hard", "procedural"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
@@ -109,8 +111,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:  # torch.save's RuntimeError does not say why, a broken ffmpeg's may be any; the temporary name nobody has heard of
-        why = "is the disk full?" if isinstance(error, RuntimeError) else getattr(error, "strerror", None) or brief(error)
+    except (OSError, RuntimeError) as error:  # torch.save's RuntimeError does not say why; of the temporary file's name nobody has heard
+        why = "is the disk full?" if isinstance(error, RuntimeError) else error.strerror or error
         raise OSError(f"{why}: '{path}'") from error
     finally:
         with contextlib.suppress(OSError):  # as where its folder is a file
@@ -128,6 +130,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_image(path: Path, image: np.ndarray) -> None:
     """BGR or grey, uint8, in the format that the suffix names. cv2.imwrite says nothing when a disk is full."""
     write_whole(path, partial(Path.write_bytes, data=cv2.imencode(path.suffix, image)[1]))
+
+
+def write_film(path: Path, frames: list[np.ndarray]) -> None:
+    """mp4 of (H, W, 3) uint8 frames, 25 a second."""
+
+    def encode(temporary: Path) -> None:
+        try:
+            imageio.mimwrite(temporary, frames, fps=25, macro_block_size=None)
+        except Exception as error:  # an ffmpeg that is missing or broken fails in many ways
+            raise OSError(f"by ffmpeg, {brief(error)}") from None
+
+    write_whole(path, encode)
 
 
 def load_plain(path: Path) -> Any:

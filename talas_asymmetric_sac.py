@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn as nn
@@ -669,7 +668,7 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
         if folder:
             film = [panel.repeat(4, 0).repeat(4, 1) for panel in films[0]]
             with saving("a film"):
-                envs.write_whole(folder / f"{setting}.mp4", partial(imageio.mimwrite, ims=film, fps=25, macro_block_size=None))
+                envs.write_film(folder / f"{setting}.mp4", film)
     if folder:
         print(table)
     return figures
