@@ -5,9 +5,11 @@
     seen        the same, but cosine and sine are 0 where the picture shows less than a third of the pole: beyond its border, which the
                 cart can reach, and where the pole lies behind the rail
 
-No encoder and no augmentation: what is left of the difference is the task's own.
+No encoder and no augmentation: what is left of the difference is the task's own. Of another task there is the full state, dm_control's own: how fast
+the update by itself learns it.
 
-python benchmarks/observability.py --output results/observability.csv
+    python benchmarks/observability.py
+    python benchmarks/observability.py --env walker_walk --steps 25000 --updates-per-step 0.5 --precision bf16 --output results/states_half.csv
 """
 
 import csv
@@ -26,31 +28,41 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import make_env, set_up_torch
+from envs import SUITE, UserError, make_env, resolve_env_id, set_up_torch
 
 
 @dataclass
 class Args:
-    steps: int = 4000  # agent steps of action repeat 8, an update each after the first 500
+    env: str = "cartpole_swingup"  # or another task of dm_control's suite
+    steps: int = 4000  # agent steps, the first 500 of them random
     seeds: tuple[int, ...] = (1, 2)  # a run of each variant for each
-    variants: tuple[Literal["full", "positions", "seen"], ...] = ("full", "positions", "seen")  # what the agent is given
+    variants: tuple[Literal["full", "positions", "seen"], ...] | None = None  # what the agent is given; by default all three, of other tasks full
+    updates_per_step: float = 1.0  # updates per agent step after the random ones
+    learning_rate: float = 1e-3  # of actor, critic and temperature
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
     output: str = "results/observability.csv"  # training returns, and the share of each episode's pictures that hide the pole
 
 
 class State(gym.Wrapper):
-    """Cartpole with its state, or what can be seen of it, as proprioception, and one black pixel as the picture."""
+    """A task with its state, or what can be seen of it (cartpole's), as proprioception, and one black pixel as the picture."""
 
-    def __init__(self, variant: str, seed: int):
-        super().__init__(make_env("cartpole_swingup", seed=seed))
+    def __init__(self, env_id: str, variant: str, seed: int):
+        super().__init__(make_env(env_id, seed=seed))
         self.variant, self.hidden = variant, []
         self.frames: deque[list[float]] = deque(maxlen=1 if variant == "full" else 3)
+        if env_id != "cartpole_swingup":
+            self.unwrapped.render = lambda: np.zeros((84, 84, 3), np.uint8)  # it would take half of the time, and nobody looks
 
     def look(self) -> dict[str, np.ndarray]:
+        black = np.zeros((9, 1, 1), np.uint8)
+        if self.unwrapped.env_id != "cartpole_swingup":
+            state = self.unwrapped.task.env.task.get_observation(self.unwrapped.physics)
+            return {"pixels": black, "proprio": np.concatenate([np.ravel(part) for part in state.values()]).astype(np.float32)}
         (x, angle), (speed, spin) = self.unwrapped.physics.data.qpos, self.unwrapped.physics.data.qvel
         self.hidden.append(self.unwrapped.segment("the pole").sum() < 20)  # of some 60 pixels
         seen = self.variant != "seen" or not self.hidden[-1]
         self.frames.append([x, math.cos(angle) * seen, math.sin(angle) * seen] + ([speed / 2, spin / 8] if self.variant == "full" else []))
-        return {"pixels": np.zeros((9, 1, 1), np.uint8), "proprio": np.array(self.frames, np.float32).ravel()}
+        return {"pixels": black, "proprio": np.array(self.frames, np.float32).ravel()}
 
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
@@ -66,19 +78,19 @@ class State(gym.Wrapper):
 
 
 def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]:
-    """(step, training return, share of pictures that hide the pole), per episode."""
+    """(step, training return, share of pictures that hide the pole, NaN of another task), per episode."""
     device, _ = set_up_torch("cpu", seed, True)
     talas.Encoder = lambda channels, kind: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # nothing to encode
-    given = {"actor_views": "clean", "critic_views": "clean", "shift": 0, "actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3}
-    env = State(variant, seed)
+    given = {"actor_views": "clean", "critic_views": "clean", "shift": 0, **dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr"), args.learning_rate)}
+    env = State(args.env, variant, seed)
     env.action_space.seed(seed)
     obs, _ = env.reset()
-    agent = talas.Agent(talas.Args(precision="fp32", **given), 9, len(obs["proprio"]), 1, None, None)
-    replay = talas.Replay(1, args.steps + args.steps // 125 + 8, obs["pixels"].shape, len(obs["proprio"]), 1, device)
+    agent = talas.Agent(talas.Args(precision=args.precision, **given), 9, len(obs["proprio"]), actions := len(env.action_space.low), None, None)
+    replay = talas.Replay(1, args.steps + args.steps // 100 + 8, obs["pixels"].shape, len(obs["proprio"]), actions, device)
     mask = partial(talas.mask_stack, None)
     seen = talas.observe(mask, obs, device)
     replay.add_first(np.array([0]), *seen)
-    episodes, total = [], 0.0
+    episodes, total, updates = [], 0.0, 0
     for step in range(1, args.steps + 1):
         action = env.action_space.sample() if step <= 500 else agent.policy(*seen, mean=False)[0].numpy()
         obs, reward, terminated, truncated, _ = env.step(action)
@@ -86,18 +98,23 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
         replay.add_step(action[None], np.array([reward]), np.array([terminated]), *seen)
         total += reward
         if truncated:
-            episodes.append((step, total, float(np.mean(env.hidden))))
+            episodes.append((step, total, float(np.mean(env.hidden or [np.nan]))))
             total, seen = 0.0, talas.observe(mask, env.reset()[0], device)
             replay.add_first(np.array([0]), *seen)
-        if step > 500:
+        while updates < int(args.updates_per_step * (step - 500)):
             agent.update(replay.sample(128))
+            updates += 1
     env.close()
     return episodes
 
 
 def main(args: Args) -> None:
+    args.env = resolve_env_id(args.env)
+    args.variants = args.variants or (("full", "positions", "seen") if args.env == "cartpole_swingup" else ("full",))
     if args.steps < 1250:
-        sys.exit(f"error: --steps {args.steps}: give at least 1250, ten episodes, of which 500 steps are random")
+        raise UserError(f"--steps {args.steps}: give at least 1250, of which 500 are random")
+    if args.env not in SUITE or (args.env != "cartpole_swingup" and args.variants != ("full",)):
+        raise UserError(f"--env {args.env}: the state is known of dm_control's suite, and what is seen of it of cartpole_swingup only")
     print(f"{'variant':<12}{'seed':>5}{'pole hidden':>13}{'return, last 8 episodes':>25}")
     table = [["variant", "seed", "step", "train_return", "pole_hidden"]]
     for seed in args.seeds:
@@ -112,4 +129,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")
