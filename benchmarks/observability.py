@@ -9,7 +9,7 @@ No encoder and no augmentation: what is left of the difference is the task's own
 the update by itself learns it.
 
     python benchmarks/observability.py
-    python benchmarks/observability.py --env walker_walk --steps 25000 --updates-per-step 0.5 --precision bf16 --output results/states_half.csv
+    python benchmarks/observability.py --env walker_walk --steps 25000 --updates-per-step 0.5 --precision bf16
 """
 
 import csv
@@ -40,7 +40,7 @@ class Args:
     updates_per_step: float = 1.0  # updates per agent step after the random ones
     learning_rate: float = 1e-3  # of actor, critic and temperature
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
-    output: str = "results/observability.csv"  # training returns, and the share of each episode's pictures that hide the pole
+    output: str | None = None  # training returns, and how often the pole is hidden; by default results/observability.csv, of others runs/<env>.csv
 
 
 class State(gym.Wrapper):
@@ -51,7 +51,7 @@ class State(gym.Wrapper):
         self.variant, self.hidden = variant, []
         self.frames: deque[list[float]] = deque(maxlen=1 if variant == "full" else 3)
         if env_id != "cartpole_swingup":
-            self.unwrapped.render = lambda: np.zeros((84, 84, 3), np.uint8)  # it would take half of the time, and nobody looks
+            self.unwrapped.render = lambda: np.zeros((84, 84, 3), np.uint8)  # nobody looks
 
     def look(self) -> dict[str, np.ndarray]:
         black = np.zeros((9, 1, 1), np.uint8)
@@ -85,8 +85,9 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
     env = State(args.env, variant, seed)
     env.action_space.seed(seed)
     obs, _ = env.reset()
-    agent = talas.Agent(talas.Args(precision=args.precision, **given), 9, len(obs["proprio"]), actions := len(env.action_space.low), None, None)
-    replay = talas.Replay(1, args.steps + args.steps // 100 + 8, obs["pixels"].shape, len(obs["proprio"]), actions, device)
+    state, actions = len(obs["proprio"]), env.action_space.shape[0]
+    agent = talas.Agent(talas.Args(precision=args.precision, **given), 9, state, actions, None, None)
+    replay = talas.Replay(1, args.steps + args.steps // 125 + 8, obs["pixels"].shape, state, actions, device)
     mask = partial(talas.mask_stack, None)
     seen = talas.observe(mask, obs, device)
     replay.add_first(np.array([0]), *seen)
@@ -110,10 +111,12 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
 
 def main(args: Args) -> None:
     args.env = resolve_env_id(args.env)
-    args.variants = args.variants or (("full", "positions", "seen") if args.env == "cartpole_swingup" else ("full",))
+    cartpole = args.env == "cartpole_swingup"
+    args.variants = args.variants or (("full", "positions", "seen") if cartpole else ("full",))
+    output = Path(args.output or ("results/observability.csv" if cartpole else f"runs/{args.env}.csv"))
     if args.steps < 1250:
         raise UserError(f"--steps {args.steps}: give at least 1250, of which 500 are random")
-    if args.env not in SUITE or (args.env != "cartpole_swingup" and args.variants != ("full",)):
+    if args.env not in SUITE or (not cartpole and args.variants != ("full",)):
         raise UserError(f"--env {args.env}: the state is known of dm_control's suite, and what is seen of it of cartpole_swingup only")
     print(f"{'variant':<12}{'seed':>5}{'pole hidden':>13}{'return, last 8 episodes':>25}")
     table = [["variant", "seed", "step", "train_return", "pole_hidden"]]
@@ -123,8 +126,8 @@ def main(args: Args) -> None:
             table += [[variant, seed, step, f"{total:.2f}", f"{hidden:.3f}"] for step, total, hidden in episodes]
             last, hidden = np.mean([total for _, total, _ in episodes[-8:]]), np.mean([hidden for *_, hidden in episodes])
             print(f"{variant:<12}{seed:>5}{hidden:>13.2f}{last:>25.1f}", flush=True)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    with Path(args.output).open("w", newline="") as file:  # not before the end: an interrupted run leaves the last one's table
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="") as file:  # not before the end: an interrupted run leaves the last one's table
         csv.writer(file, lineterminator="\n").writerows(table)
 
 

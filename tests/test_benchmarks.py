@@ -19,7 +19,7 @@ import tyro
 
 import envs
 import talas_asymmetric_sac as rl
-from benchmarks import curves, equal, evaluate, figures, masks, tables, train_all
+from benchmarks import curves, equal, evaluate, figures, masks, observability, tables, train_all
 from benchmarks.embeddings import tightness
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -289,6 +289,19 @@ def test_a_policy_whose_noise_stands_still_is_found(monkeypatch):
     monkeypatch.setattr(rl, "faster", lambda agent, masker, *_: (partial(rl.mask_stack, masker), partial(agent.policy, mean=True), agent.update))
     with pytest.raises(envs.UserError, match="same noise"):
         equal.main(equal.Args(batch_size=4, updates=1, compile=False, device="cpu"))
+
+
+def test_a_task_is_learned_from_its_state(monkeypatch):
+    """Two whole episodes, and an update for every four of the steps that are not random; of cartpole alone it is known what a picture hides."""
+    monkeypatch.setattr(rl, "Encoder", rl.Encoder)  # which learn replaces
+    updates, update = [], rl.Agent.update
+    monkeypatch.setattr(rl.Agent, "update", lambda agent, batch: updates.append(batch.proprio.shape) or update(agent, batch))
+    episodes = observability.learn(observability.Args(env="walker_walk", steps=520, updates_per_step=0.25), "full", 1)
+    assert [step for step, *_ in episodes] == [250, 500] and all(0 < total < 1000 for _, total, _ in episodes)
+    assert updates == [(128, 24)] * 5
+    for wrong in ({"env": "hammer"}, {"env": "walker_walk", "variants": ("seen",)}, {"steps": 1000}):
+        with pytest.raises(envs.UserError):
+            observability.main(observability.Args(**wrong))
 
 
 @pytest.mark.parametrize("wrong", ["policy", "mask"])
