@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import tyro
 
 import envs
 import talas_asymmetric_sac as rl
-from benchmarks import curves, equal, evaluate, figures, masks, observability, tables, train_all
+from benchmarks import curves, equal, evaluate, figures, masks, observability, speed, tables, train_all
 from benchmarks.embeddings import tightness
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -314,3 +315,39 @@ def test_a_policy_or_a_mask_of_its_own_is_found(monkeypatch, wrong):
     monkeypatch.setattr(rl, "faster", faster)
     with pytest.raises(envs.UserError, match="is not the plain one's"):
         equal.main(equal.Args(batch_size=4, updates=1, compile=False, device="cpu"))
+
+
+def test_ways_are_timed_in_turn():
+    """Medians: one slow turn of seven, and the warm-up, do not count."""
+    turns = []
+
+    def way(name: str, seconds: float) -> None:
+        turns.append(name)
+        time.sleep(0.2 if len(turns) in (1, 3) else seconds)
+
+    ways = {"slow": partial(way, "slow", 0.04), "fast": partial(way, "fast", 0.01)}
+    taken = speed.time_in_turn(ways, torch.device("cpu"), 2, seconds=0)
+    assert turns == ["slow", "fast"] + (["slow"] * 3 + ["fast"] * 3) * 2
+    assert list(taken) == ["slow", "fast"] and 0.01 <= taken["fast"] < 0.04 <= taken["slow"] < 0.2
+
+
+def test_speed_table(tmp_path, monkeypatch):
+    """Every ratio is of two times in the same table, and replay's memory is what its rows take."""
+    monkeypatch.setattr(speed, "time_in_turn", partial(speed.time_in_turn, seconds=0))
+    small = {"batch_size": 4, "encoder": "small", "repeats": 1, "loop_envs": (2,), "loop_steps": 8, "stored": (200, 400)}
+    speed.main(speed.Args(**small, sam=False, device="cpu", output=str(tmp_path)))
+    (table,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    seconds = {key: value for key, value in table.items() if key.split("/")[0] in ("step", "update", "loop", "masker")}
+    assert len(seconds) > 20 and all(value > 0 for value in seconds.values())
+    fast = "bf16" if envs.cpu_has_bf16() else "fp32"
+    slow = table["update/unmasked, fp32, contiguous, pages given back"] / table[f"update/masked, {fast}, channels_last"]
+    assert table["ratio/update unmasked, fp32, contiguous, pages given back, over the default"] == pytest.approx(slow)
+    kinds = ("exact", "overlapped", "without rendering", "rendering alone")
+    exact, overlapped, without, alone = (table[f"loop/{kind}, 2 environments"] for kind in kinds)
+    hidden, limit = (exact - overlapped) / (exact - without), overlapped / max(without, alone)
+    assert table["ratio/rendering hidden behind the update, 2 environments"] == pytest.approx(hidden)
+    assert table["ratio/overlapped loop over the slower of its two halves, 2 environments"] == pytest.approx(limit)
+    row = 4 * 84**2 + 4 * (0 + 6 + 2) + 8 * 4  # frame and mask; action, reward and end; the history's four numbers
+    assert table["replay/GB per 100,000 steps"] == pytest.approx(row * (400 + 1 + 8) / 400 / 1e4, rel=1e-4)
+    (spent,) = tmp_path.glob("*.txt")
+    assert "convolution" in spent.read_text()
