@@ -39,6 +39,7 @@ class Args:
     variants: tuple[Literal["full", "positions", "seen"], ...] | None = None  # what the agent is given; by default all three, of other tasks full
     updates_per_step: float = 1.0  # updates per agent step after the random ones
     learning_rate: float = 1e-3  # of actor, critic and temperature
+    layer_norm: bool = False  # the agent's --layer-norm
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
     output: str | None = None  # training returns, and how often the pole is hidden; by default results/observability.csv, of others runs/<env>.csv
 
@@ -86,7 +87,7 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
     env.action_space.seed(seed)
     obs, _ = env.reset()
     state, actions = len(obs["proprio"]), env.action_space.shape[0]
-    agent = talas.Agent(talas.Args(precision=args.precision, **given), 9, state, actions, None, None)
+    agent = talas.Agent(talas.Args(precision=args.precision, layer_norm=args.layer_norm, **given), 9, state, actions, None, None)
     replay = talas.Replay(1, args.steps + args.steps // 125 + 8, obs["pixels"].shape, state, actions, device)
     mask = partial(talas.mask_stack, None)
     seen = talas.observe(mask, obs, device)
