@@ -351,6 +351,32 @@ def test_the_temperatures_momentum_is_half():
         assert agent.log_alpha.item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_heads_layers(norm):
+    """W₂ ReLU(n(W₁ ReLU(n(W₀ x)))), n: to mean 0 and variance 1 over a layer's features, with a gain and an offset that are learned."""
+    torch.manual_seed(0)
+    head, x = rl.Head(5, 8, 3, norm), torch.randn(6, 5)
+    for weight in head.parameters():
+        nn.init.normal_(weight)
+    weights = [weight.detach().double() for weight in head.parameters()]
+    assert len(weights) == (10 if norm else 6)
+    h = x.double()
+    for _ in range(2):
+        h = h @ weights.pop(0).T + weights.pop(0)
+        if norm:
+            h = (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() * weights.pop(0) + weights.pop(0)
+        h = h.clamp(min=0)
+    torch.testing.assert_close(head(x).double(), h @ weights[0].T + weights[1], rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_is_of_actor_and_critics():
+    """Of all three heads, and of nobody's if it is not asked for."""
+    for asked in (False, True):
+        agent = rl.Agent(rl.Args(**SMALL, layer_norm=asked), 9, 0, 2, None, None)
+        for head in (agent.actor.head, *agent.critic.heads, *agent.target_critic.heads):
+            assert sum(isinstance(layer, nn.LayerNorm) for layer in head.modules()) == 2 * asked
+
+
 @pytest.mark.parametrize(("kind", "size"), [("sada", 39_200), ("medium", 8_192), ("small", 2_048)])
 def test_a_new_agent(kind, size):
     """The encoder's size and orthogonal start, and a target that starts as the critic; no weights but these are drawn anew."""
