@@ -496,16 +496,43 @@ def test_random_crops():
     assert (shares - 0.1).abs().max() < 0.03  # any photograph, as often as any other
 
 
-def test_mix_keeps_no_lines_beside_the_agent():
-    """A bright agent before a flat scene: its own edges are the only ones, and not a pixel of the scene stays for them."""
+@pytest.mark.parametrize("mask", [1.0, 0.3])
+def test_mix_keeps_no_lines_beside_the_agent(mask):
+    """A bright agent before a flat scene: its own edges are the only ones, and not a pixel of the scene stays for them, of a soft mask either."""
     n, inside = 3000, torch.zeros(12, 12, dtype=torch.bool)
     inside[4:8, 3:7] = True
     obs = torch.where(inside, 200, 100).to(torch.uint8).expand(n, 3, 12, 12)
     torch.manual_seed(3)
-    got = envs.augment(obs, inside.float().expand(n, 1, 12, 12), torch.full((1, 3, 16, 16), 7, dtype=torch.uint8), "mix")
+    got = envs.augment(obs, mask * inside.float().expand(n, 1, 12, 12), torch.full((1, 3, 16, 16), 7, dtype=torch.uint8), "mix")
     around = got[:, 0, ~inside]
     bare = ((around - 7).abs() < 0.1).all(1) | ((around - 200).abs() < 0.1).all(1)  # the photograph, or the same in the agent's colour
     assert abs(bare.float().mean() - 0.278) < 0.03  # the half of the swaps that keeps no patches or bands, and the others' that are empty
+
+
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize(("contrast", "share"), [(4, 0), (32.5, 0.15), (61, 0.3)])
+def test_mix_keeps_lines_by_their_contrast(upright, contrast, share):
+    """A step in the scene's green, which one threshold in 5 to 60 finds and another does not: three swaps of ten keep what is on both sides of it."""
+    n, scene = 6000, torch.full((3, 12, 12), 100.0)
+    scene[1, 6:] += contrast
+    torch.manual_seed(3)
+    photos, nothing = torch.full((1, 3, 16, 16), 7, dtype=torch.uint8), torch.zeros(n, 1, 12, 12)
+    shown = envs.augment((scene.mT if upright else scene).expand(n, 3, 12, 12), nothing, photos, "mix")[n // 2 :, 0] > 20  # darkened, perhaps
+    line = torch.zeros(12, 12, dtype=torch.bool)
+    line[5:7] = True
+    assert abs((shown == (line.mT if upright else line)).all(2).all(1).float().mean() - share) < 0.03
+
+
+@pytest.mark.parametrize(("pixels", "share"), [(9, 0), (10, 0.3)])
+def test_mix_takes_an_agents_colour_from_ten_pixels_on(pixels, share):
+    """Three photographs of ten, here overlaid, have its colour on the mean."""
+    n, mask = 3000, torch.zeros(12, 12)
+    mask.view(-1)[:pixels] = 1
+    obs = torch.where(mask > 0, 200, 100).to(torch.uint8).expand(n, 3, 12, 12)
+    torch.manual_seed(3)
+    got = envs.augment(obs, mask.expand(n, 1, 12, 12), torch.full((1, 3, 16, 16), 7, dtype=torch.uint8), "mix")[n // 10 : n // 2, :, 6:]
+    plain, tinted = (((got - (100 + photo) / 2).abs() < 0.1).flatten(1).all(1) for photo in (7, 200))
+    assert (plain | tinted).all() and abs(tinted.float().mean() - share) < 0.04
 
 
 def test_mix_keeps_patches_or_horizontal_bands():

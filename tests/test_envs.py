@@ -228,16 +228,17 @@ def test_adroit_steps_as_the_benchmark_does(make, name, start):
     bare.close()
 
 
-def test_episode_success_wants_more_than_25_control_steps(make):
-    env = make("hammer", reward="sparse")
+@pytest.mark.parametrize("repeat", [2, 5])
+def test_episode_success_wants_more_than_25_control_steps(make, repeat):
+    env = make("hammer", reward="sparse", action_repeat=repeat)
     env.reset()
     still = env.task.hold().astype(np.float32)
     _, reward, _, _, info = env.step(still)
-    assert reward == pytest.approx(-0.2) and not info["success"] and not info["episode_success"]
+    assert reward == pytest.approx(-0.1 * repeat) and not info["success"] and not info["episode_success"]
     env.task.data.qpos[-7] = 0.09  # the nail is in
     for step in range(1, 16):
         _, reward, _, _, info = env.step(still)
-        assert info["success"] and reward == pytest.approx(20) and info["episode_success"] == (2 * step > 25)
+        assert info["success"] and reward == pytest.approx(10 * repeat) and info["episode_success"] == (repeat * step > 25)
     env.task.data.qpos[-7] = 0.0
     info = env.step(still)[4]
     assert not info["success"] and info["episode_success"]  # once earned, it stays

@@ -19,10 +19,10 @@ import talas_phase2 as phase2
 
 
 class Red(nn.Module):
-    """A masker that one can see through: the task is what is red."""
+    """A masker that one can see through: the task is what is red, and the probability climbs slowly about a half."""
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        return frames[:, 0].float() - 127.5
+        return (frames[:, 0].float() - 127.5) / 10
 
 
 @pytest.mark.parametrize("phase", [phase1, phase2])
@@ -30,7 +30,8 @@ def test_report(tmp_path, phase):
     """IoU by hand: a square of ten pixels, once a column off, once not there in one frame of four; and the sheet shows what is kept."""
     masks, clean, hidden = np.zeros((4, 84, 84), bool), np.zeros((4, 3, 84, 84), np.uint8), np.zeros((4, 3, 84, 84), np.uint8)
     masks[:, 20:30, 20:30] = True
-    clean[:, 0, 20:30, 21:31] = 255
+    clean[:, 0, 20:30, 21:31] = 135  # 0.68
+    clean[:, 0, 50:60, 50:60] = 120  # 0.32
     clean[:, 2] = 100
     hidden[:3] = clean[:3]
     figures = phase.report(Red(), {"clean": clean, "hidden": hidden, "masks": masks}, torch.device("cpu"), False, tmp_path / "sheet.png")
@@ -39,8 +40,8 @@ def test_report(tmp_path, phase):
     sheet = cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1]  # two rows, of each frame itself and what is kept, at twice the size
     assert sheet.shape == (2 * 168, 8 * 168, 3)
     frame, kept = sheet[:168, :168], sheet[:168, 168:336]
-    assert (frame[50, 50] == (255, 0, 100)).all() and (frame[100, 100] == (0, 0, 100)).all()
-    assert (kept[50, 50] == (255, 0, 100)).all() and not kept[100, 100].any()
+    assert (frame[50, 50] == (135, 0, 100)).all() and (frame[110, 110] == (120, 0, 100)).all()
+    assert (kept[50, 50] == (135, 0, 100)).all() and not kept[110, 110].any()
 
 
 def iou(path: Path, frames: np.ndarray, masks: np.ndarray) -> float:
@@ -109,10 +110,13 @@ def test_what_the_student_is_taught(tmp_path, monkeypatch, kind):
     np.savez("frames.npz", train_frames=frames, test_clean=torch.zeros_like(frames[:4]), test_masks=np.zeros((4, 84, 84), bool))
     given, augment = [], phase2.augment
     monkeypatch.setattr(phase2, "augment", lambda *args: (given.append(args), augment(*args))[1])
+    learned, loss = [], F.binary_cross_entropy_with_logits
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", lambda logits, target: (learned.append(target), loss(logits, target))[1])
     phase2.main(phase2.Args(env="walker_walk", maskers=".", steps=4, batch_size=8, shift=2, augmentation=kind, overlay_images=20))
     assert json.loads(next(Path("runs").glob("*/args.json")).read_text())["learning_rate"] == 1e-2  # of so short a schedule
     shown, masks, moved = windows(frames, 2), windows(teacher(frames.float()).sigmoid().unsqueeze(1), 2), []
-    for obs, target, _, asked in given:
+    for (obs, target, _, asked), learned_from in zip(given, learned, strict=True):
+        assert torch.equal(learned_from, target[:, 0])
         for b in range(8):
             ((n, row, column),) = (shown == obs[b, :, None, None]).all(5).all(4).all(1).nonzero().tolist()
             assert (masks[n, 0, row, column] - target[b, 0]).abs().max() < 0.02 and asked == kind  # bytes, perhaps of bf16

@@ -1195,6 +1195,36 @@ def test_pools_processes_are_workers(monkeypatch, tmp_path, module):
     assert seen.value.args == (envs.start_worker,)
 
 
+def test_an_episode_is_played_and_measured(make, tmp_path):
+    """Played once more by hand: the return; IoU at every fifth step, of pixels that the newest mask has above a half; the film, of what was seen."""
+    committed = next((Path(__file__).parents[1] / "results/agents").glob("cartpole*.pt"))
+    args = rl.Args("cartpole_swingup", action_repeat=90, precision="fp32")  # eleven steps
+    total, success, ious, film, skipped = rl.play(committed, args, ("procedural", 0))
+    agent, env = rl.load_agent(committed, "fp32")[0], make("cartpole_swingup", "procedural", args.seed + 10_000, action_repeat=90)
+    (obs, _), rewards, true, step, over = env.reset(options={"episode": 0}), [], [], 0, False
+    while not over:
+        frames = torch.from_numpy(obs["pixels"]).unflatten(0, (3, 3)).float()
+        with torch.no_grad():
+            masks = (agent.masker(frames).sigmoid() * 255).round()
+        action = agent.policy(torch.from_numpy(obs["pixels"])[None], masks[None].byte(), torch.zeros(1, 0), mean=True)[0]
+        newest, mask = frames[-1].permute(1, 2, 0).numpy(), masks[-1].numpy()
+        shown = np.split(film[step].astype(float), 3, 1)
+        for panel, expected in zip(shown, (newest, np.stack([mask] * 3, 2), newest * mask[..., None] / 255), strict=True):
+            assert np.abs(panel - expected).max() < 1  # of 255, cut to a byte
+        if step % 5 == 0:
+            drawn, named = mask > 127, env.segment("the cart and the pole")
+            near = [
+                np.max([np.roll(m, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)], 0) for m in (drawn, named)
+            ]  # both far from the border
+            either = (drawn | named).sum()
+            true.append([(drawn & named).sum() / either, ((drawn & near[1]) | (named & near[0])).sum() / either])
+        obs, reward, _, over, _ = env.step(action.numpy())
+        rewards.append(reward)
+        step += 1
+    assert step == len(film) == 11 and total == pytest.approx(sum(rewards)) and math.isnan(success) and skipped == 0
+    assert np.allclose(ious, true) and 0.3 < np.mean(true) < 0.99
+
+
 def test_an_episode_that_does_not_end(monkeypatch):
     """A lost process, and no full disk: that would be an OSError."""
     monkeypatch.setattr(rl, "PATIENCE", 0.05)
