@@ -331,6 +331,7 @@ def test_states_masks_and_vocabulary(make, name):
     """Spread and good states come from the generator alone; every row's default prompt and every phrase that it knows shows something."""
     env, row = make(name), envs.task_row(name)
     env.reset()
+    assert env.task.model.vis.quality.offsamples == 4  # of a pixel's colour, as of its mask
     unseen = set(row.vocabulary)
     for kind in ("spread", "good"):
         states = []
@@ -362,6 +363,49 @@ def test_good_states_are_good(make):
         tilts.append(walker.physics.torso_upright())
         assert walker.physics.data.ncon == 0 or walker.physics.data.contact.dist.min() > -0.1  # above the ground, not in it
     assert min(tilts) < -0.5 and max(tilts) > 0.5
+
+
+@pytest.mark.parametrize("name", ["walker_walk", "cheetah_run"])
+def test_robots_stand_on_the_ground_or_a_little_above(make, name):
+    """Their capsules' lowest points: good, at most a few centimetres above it; spread, 0.1 m on the average."""
+    env = make(name)
+    env.reset()
+    model, data = env.task.model, env.task.data
+    robot = np.flatnonzero(model.geom_bodyid > 0)
+    assert (model.geom_type[robot] == envs.mujoco.mjtGeom.mjGEOM_CAPSULE).all()
+    height = {"good": [], "spread": []}
+    for kind, heights in height.items():
+        for seed in range(60):
+            phase1.place(env.unwrapped, kind, np.random.default_rng(seed))
+            ends = np.abs(data.geom_xmat[robot, 8]) * model.geom_size[robot, 1]
+            heights.append((data.geom_xpos[robot, 2] - ends - model.geom_size[robot, 0]).min())
+    assert min(height["good"] + height["spread"]) > -1e-6
+    assert max(height["good"]) < 0.08 and 0.06 < np.mean(height["spread"]) - np.mean(height["good"]) < 0.15
+
+
+@pytest.mark.parametrize("name", ["pen", "door", "hammer", "relocate"])
+def test_adroits_states(make, name):
+    """Spread: nothing is deep in anything, and the motors leave the joints where they are. Good: the hand closed, its object in it, and the goal
+    nearer than in spread states."""
+    env = make(name)
+    env.reset()
+    model, data, away = env.task.model, env.task.data, {}
+    driven = model.actuator_biasprm[:, 1] < 0
+    flexed = [j for j in range(model.njnt) if model.joint(j).name[:2] in ("FF", "MF", "RF", "LF") and model.jnt_range[j, 0] == 0]
+    for kind in ("spread", "good"):
+        away[kind] = []
+        for seed in range(6):
+            phase1.place(env.unwrapped, kind, np.random.default_rng(seed))
+            here, there = (data.site(site).xpos for site in phase1.GOALS[name])
+            away[kind].append(np.linalg.norm(here - there))
+            if kind == "spread":
+                assert data.contact.dist.min(initial=0) > -0.005 and np.abs(data.actuator_force[driven]).max() < 1e-3 and driven.any()
+                continue
+            assert np.mean(data.qpos[flexed] / model.jnt_range[flexed, 1]) > 0.4
+            if name != "door":  # its palm faces -y, and its fingers point along z
+                held = data.body("palm").xmat.reshape(3, 3).T @ (data.body("Object").xpos - data.body("palm").xpos)
+                assert np.linalg.norm(held - (0.007, -0.038 if name == "hammer" else -0.05, 0.075)) < 0.02
+    assert np.mean(away["good"]) < 0.6 * np.mean(away["spread"]) or name == "pen"  # whose goal is a direction
 
 
 @pytest.mark.parametrize("name", ["walker_walk", "door", "pen", "reacher_easy", "finger_turn_hard", "swimmer_swimmer6"])

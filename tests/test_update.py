@@ -369,6 +369,16 @@ def test_a_heads_layers(norm):
     torch.testing.assert_close(head(x).double(), h @ weights[0].T + weights[1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_heads_output_is_fp32():
+    """Of hidden layers in bf16: a Q of 100 in bf16 would be a multiple of a half."""
+    torch.manual_seed(0)
+    head, x = rl.Head(5, 8, 3, False), 100 * torch.randn(64, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        h, out = head.hidden(x), head(x)
+    assert h.dtype == torch.bfloat16 and out.dtype == torch.float32
+    torch.testing.assert_close(out, h.float() @ head.out.weight.T + head.out.bias, rtol=1e-5, atol=1e-5)
+
+
 def test_layer_norm_is_of_actor_and_critics():
     """Of all three heads, and of nobody's if it is not asked for."""
     for asked in (False, True):
