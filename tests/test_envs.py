@@ -228,6 +228,17 @@ def test_adroit_steps_as_the_benchmark_does(make, name, start):
     bare.close()
 
 
+def test_an_episode_ends_within_an_agent_step(make, monkeypatch):
+    """What terminates is not simulated further, and the time limit says so for itself."""
+    env = make("walker_walk", action_repeat=250)  # four agent steps
+    env.reset()
+    action, taken = np.zeros(6, np.float32), []
+    assert [env.step(action)[2:4] for _ in range(4)] == [(False, False)] * 3 + [(False, True)]
+    env.reset()
+    monkeypatch.setattr(env.unwrapped.task, "step", lambda action: (taken.append(action), (0.5, len(taken) == 3, {}))[1])
+    assert env.step(action)[1:4] == (1.5, True, False) and len(taken) == 3
+
+
 @pytest.mark.parametrize("repeat", [2, 5])
 def test_episode_success_wants_more_than_25_control_steps(make, repeat):
     env = make("hammer", reward="sparse", action_repeat=repeat)

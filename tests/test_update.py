@@ -349,6 +349,7 @@ def test_the_temperatures_momentum_is_half():
         agent.log_alpha.grad = torch.tensor(gradient)
         agent.alpha_optimizer.step()
         assert agent.log_alpha.item() == pytest.approx(expected, abs=1e-6)
+    assert [optimizer.defaults["betas"][0] for optimizer in agent.optimizers] == [0.9, 0.9, 0.5]
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -367,6 +368,22 @@ def test_a_heads_layers(norm):
             h = (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() * weights.pop(0) + weights.pop(0)
         h = h.clamp(min=0)
     torch.testing.assert_close(head(x).double(), h @ weights[0].T + weights[1], rtol=1e-5, atol=1e-5)
+
+
+def test_actor_and_critic_by_hand():
+    """A trunk, tanh(n(W z + b)), beside proprioception and, for the critics, the action; then the head."""
+    agent, batch, z = make_agent(), make_batch(), torch.randn(B, 2048)
+
+    def trunk(layers: nn.Sequential) -> torch.Tensor:
+        h = z @ layers[0].weight.T + layers[0].bias
+        h = (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return torch.tanh(h * layers[1].weight + layers[1].bias)
+
+    x = torch.cat([trunk(agent.critic.trunk), batch.proprio, batch.action], 1)
+    expected = torch.stack([head(x)[:, 0] for head in agent.critic.heads])
+    torch.testing.assert_close(agent.critic(z, batch.proprio, batch.action), expected, rtol=1e-4, atol=1e-4)
+    mean = agent.actor.head(torch.cat([trunk(agent.actor.trunk), batch.proprio], 1))[:, :A]
+    torch.testing.assert_close(agent.actor(z, batch.proprio)[2], torch.tanh(mean), rtol=1e-4, atol=1e-4)
 
 
 def test_a_heads_output_is_fp32():
@@ -733,15 +750,22 @@ def test_vector_environments_leave_transitions_only():
 
 @pytest.fixture(scope="module", params=["overlap", "textbook"])
 def looped(request, tmp_path_factory):
-    """Two episodes of each of two environments, the second with updates: the run, its replay, what each batch was drawn from, and who acted how."""
+    """Two episodes of each of two environments, the second with updates: the run, its replay, what each batch was drawn from, and who acted how. The
+    second environment's time limit is said to be a termination: no task at hand has any."""
     cwd, asked, acted, compiled, updates, evaluated = tmp_path_factory.mktemp("looped"), [], [], [], [], []
     textbook = request.param == "textbook"  # and, as if compiled, to whole steps of both
     for seed, name in enumerate(("student", "teacher")):
         checkpoint = {"env_id": "cartpole_swingup", "image_size": 84, "prompt": "the pole", "state_dict": make_masker(seed).state_dict()}
         envs.save_tensors(cwd / f"{name}.pt", checkpoint)
-    sample, policy = rl.Replay.sample, rl.Agent.policy
+    sample, policy, step_wait = rl.Replay.sample, rl.Agent.policy, gym.vector.AsyncVectorEnv.step_wait
+
+    def terminate(vec_env: gym.vector.AsyncVectorEnv, timeout: float) -> tuple:
+        obs, rewards, _, ended, info = step_wait(vec_env, timeout)
+        return obs, rewards, ended & [False, True], ended & [True, False], info
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
+        patch.setattr(gym.vector.AsyncVectorEnv, "step_wait", terminate)
         patch.setattr(rl.Replay, "sample", lambda self, n: (asked.append((n, self, self.n)), sample(self, n))[1])
         patch.setattr(rl, "evaluate", lambda *given: (evaluated.append(given[3]), {})[1])  # at the end, which is not what is looked at here
         patch.setattr(torch, "compile", lambda f, **how: (compiled.append(how), lambda batch: (updates.append(batch), f(batch))[1])[1])
@@ -768,13 +792,14 @@ def test_the_loop_against_two_simulations(looped, make):
                 if t:
                     obs, reward, *_ = env.step(replay.actions[row].numpy())
                     total += reward
-                    assert replay.rewards[row].item() == pytest.approx(reward) and replay.dones[row] == 0
+                    assert replay.rewards[row].item() == pytest.approx(reward) and replay.dones[row] == (i == 1 and t == 20)
                 frame = torch.from_numpy(obs["pixels"][-3:])
                 assert torch.equal(replay.frames[row], frame) and replay.history[row].tolist() == [row - 2 * min(k, t) for k in (3, 2, 1, 0)]
                 assert (replay.masks[row].int() - rl.mask_stack(teacher, frame[None])[0, 0].int()).abs().max() <= 1
                 row += 2
             assert table[2 * episode + i] == (str(40 + 40 * episode), str(episode), str(i), total)
-    assert len(table) == 4 and replay.n == 84 <= replay.capacity and len(transitions(replay)) == 80
+    assert len(table) == 4 and replay.n == 84 and len(transitions(replay)) == 80
+    assert replay.capacity == 80 + 80 // 20 + 2 * 8  # steps, first frames, and some to spare
 
 
 def test_who_acts_and_what_is_learned_from(looped):
