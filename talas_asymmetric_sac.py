@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -756,7 +756,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     def report(folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
-        check_weights()
+        check("a weight", agent.parameters())
         save_agent(run / "checkpoint.pt", agent, progress.step, about)
         try:
             figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
@@ -772,16 +772,13 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         log(figures)
         return figures
 
-    def check(what: str, values: torch.Tensor, **came_from: torch.Tensor) -> None:
-        if not values.isfinite().all():
+    def check(what: str, values: Iterable[torch.Tensor], **came_from: torch.Tensor) -> None:
+        if not all(value.isfinite().all() for value in values):
             path = run / "not_finite.pt"
             with saving(str(path)):
                 envs.save_tensors(path, came_from)
             where = f"; what it came from is in {path}" if path.is_file() else ""
             raise UserError(f"step {progress.step}: {what} is infinite or not a number{where}")
-
-    def check_weights() -> None:
-        check("a weight", torch.cat([weight.flatten() for weight in agent.parameters()]))
 
     def learn() -> None:
         """The updates that are due after progress.step agent steps."""
@@ -791,7 +788,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             progress.updates += 1
             look = progress.updates % 100 == 1  # metrics stay on a GPU until then: it waits for nobody
             if look or device.type == "cpu":
-                check("a loss", torch.stack([*metrics.values()]), **batch._asdict(), **metrics)
+                check("a loss", metrics.values(), **batch._asdict(), **metrics)
             if look:
                 log(metrics | {"charts/SPS": progress.step / (time.time() - began)})
 
@@ -814,18 +811,18 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         if ended.any():
             vec_env.reset_async(options={"reset_mask": ended})
             seen = observe(mask, vec_env.reset_wait(timeout=PATIENCE)[0], device)
-            check("a first observation", seen[2], proprio=seen[2])
+            check("a first observation", [seen[2]], proprio=seen[2])
             replay.add_first(np.flatnonzero(ended), *(part[ended] for part in seen))
             progress.episodes = [episode + int(over) for episode, over in zip(progress.episodes, ended, strict=True)]
         actions = action_space.sample() if progress.step < progress.learning_starts else policy(*seen).cpu().numpy()
-        check("an action", torch.from_numpy(actions), pixels=seen[0], mask=seen[1], proprio=seen[2])
+        check("an action", [torch.from_numpy(actions)], pixels=seen[0], mask=seen[1], proprio=seen[2])
         vec_env.step_async(actions)
         progress.step += args.num_envs
         if args.overlap:
             learn()
         obs, rewards, terminated, truncated, info = vec_env.step_wait(timeout=PATIENCE)
         came_from = {"actions": torch.from_numpy(actions), "rewards": torch.from_numpy(rewards), "proprio": torch.from_numpy(obs["proprio"])}
-        check("a reward or an observation", torch.cat([came_from["rewards"], came_from["proprio"].flatten()]), **came_from)
+        check("a reward or an observation", came_from.values(), **came_from)
         seen, ended = observe(mask, obs, device), terminated | truncated
         replay.add_step(actions, rewards, terminated, *seen)
         for i in np.flatnonzero(ended):
@@ -841,7 +838,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                 figures = report(None)
                 bar.write(f"step {progress.step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
         if ended.any() and progress.step - tried >= args.checkpoint_every:
-            check_weights()
+            check("a weight", agent.parameters())
             progress.seconds, progress.sizes, tried = time.time() - began, [os.fstat(table.fileno()).st_size for table in tables], progress.step
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
             with saving("a checkpoint to resume from"):
