@@ -402,9 +402,7 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
-def observe(
-    mask: Callable[[torch.Tensor], torch.Tensor], obs: dict[str, np.ndarray], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def observe(mask: Callable, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One observation or N of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8 by `mask`, a masker's mask_stack, proprio (N, P)."""
     pixels, proprio = (torch.from_numpy(obs[key]).to(device) for key in ("pixels", "proprio"))
     pixels = pixels.view(-1, *pixels.shape[-3:])
