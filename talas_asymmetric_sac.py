@@ -857,12 +857,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 # ------------------------------------------------------------------------------------------------------------ main
 def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
     """The command line's arguments, and the run that is to go on. --resume and --evaluate begin with that run's or agent's own, and change few."""
-
-    def parse(default: Args) -> Args:
-        args = tyro.cli(Args, args=argv, default=default, description=__doc__)
-        return replace(args, env=envs.resolve_env_id(args.env))
-
-    args, run = parse(Args()), None
+    args, run = tyro.cli(Args, args=argv, description=__doc__), None
+    args.env = envs.resolve_env_id(args.env)
     if args.evaluate is not None:
         own = load_agent_once(Path(args.evaluate))[1]["args"]
         own = replace(own, device="cpu", track=False)  # played on the CPU, wherever it was trained
@@ -877,7 +873,8 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
             raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {envs.brief(error)})") from None
     else:
         return args, None
-    args = parse(own)
+    args = tyro.cli(Args, args=argv, default=own)
+    args.env = envs.resolve_env_id(args.env)
     for key in vars(args):
         if key not in free and getattr(args, key) != getattr(own, key):
             flag, beside, *allowed = (f"--{name.replace('_', '-')}" for name in (key, *free))
