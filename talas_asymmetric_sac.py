@@ -666,9 +666,8 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
         table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{'–' if np.isnan(iou[0]) else f'{iou[0]:.3f}':>10}"
         table += f"{'–' if np.isnan(success) else f'{success:.0%}':>9}"
         if folder:
-            film = [panel.repeat(4, 0).repeat(4, 1) for panel in films[0]]
             with saving("a film"):
-                envs.write_film(folder / f"{setting}.mp4", film)
+                envs.write_film(folder / f"{setting}.mp4", [panel.repeat(4, 0).repeat(4, 1) for panel in films[0]])
     if folder:
         print(table)
     return figures
