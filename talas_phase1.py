@@ -23,8 +23,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -298,7 +297,7 @@ def in_processes(pool: ProcessPoolExecutor, function: Callable, jobs: list, what
     futures = [pool.submit(function, job) for job in jobs]
     try:
         return [future.result(timeout=900) for future in tqdm(futures, what, unit="clip", mininterval=1 if sys.stderr.isatty() else 15)]
-    except (BrokenProcessPool, TimeoutError) as error:
+    except (BrokenExecutor, TimeoutError) as error:
         raise UserError(f"{what}: a process died or hangs ({envs.brief(error)}); is there memory enough? Start the same again") from None
 
 
