@@ -596,9 +596,8 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
     figures |= {"frames": n, "test_frames": args.test_frames, "train/updates": args.steps, "mask_pixels": float(masks.sum((1, 2)).mean())}
     figures |= {"seconds": round(time.time() - started, 1)}
     envs.write_json(run / "metrics.json", figures)
-    checkpoint = {"kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt, "segmenter": args.segmenter}
-    checkpoint["state_dict"] = masker.cpu().state_dict()
-    envs.save_tensors(output / "teacher.pt", checkpoint)
+    about = {"kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt, "segmenter": args.segmenter}
+    envs.save_tensors(output / "teacher.pt", about | {"state_dict": masker.cpu().state_dict()})
     pictures = f"{run}/masks.png" + (f", {run}/worst_masks.png" if parts else "")
     print(f"\nwritten: {output}/teacher.pt, {output}/frames.npz, {run}/metrics.json, {pictures} (look at it)")
 
