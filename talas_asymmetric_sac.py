@@ -634,8 +634,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
 
 
 def play_all(path: Path, args: Args, jobs: list[tuple[Setting, int]]) -> Iterator[tuple]:
-    """What play returns for each job, in their order."""
-    # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
+    """What play returns for each job, in their order. A process per core plays whole episodes, as rendering takes most of the time."""
     # Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(len(jobs), envs.cores(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
     futures = [pool.submit(play, path, args, job) for job in jobs]
@@ -688,8 +687,7 @@ def faster(agent: Agent, clean_masker: Masker | None, args: Args, device: torch.
 
 
 def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasEnv, device: torch.device, cleanup: ExitStack) -> None:
-    """From the beginning, or from where the run's last checkpoint left it, to the end. `env` is asked for its sizes only; what has to be closed,
-    whatever happens, goes to cleanup."""
+    """From the beginning, or from the run's last checkpoint, to the end. `env` is asked for its sizes only; cleanup closes what has to be closed."""
     total_steps = -(-args.total_timesteps // args.num_envs) * args.num_envs  # whole steps of all environments; args stay as they were given
     pixels, proprio = (env.observation_space[key].shape for key in ("pixels", "proprio"))
     spaces = (pixels[0], proprio[0], env.action_space.shape[0])

@@ -67,8 +67,7 @@ class Args:
     sequence_length: int | None = None  # consecutive frames in a sequence, of which half begin in spread states; by default 16, with sam 1
     export_frames: str | None = None  # write the frames to this folder, as <sequence>/<number>.png, and stop
     masks: tuple[str, ...] = ()  # folders of masks, <sequence>/<number>.png, 0 and 255, square; several are united; name them by their phrases
-    detector: str = "IDEA-Research/grounding-dino-tiny"
-    """what grounds phrases as boxes: Grounding DINO or OWLv2 (google/owlv2-base-patch16-ensemble), by its name on the hub or a local folder"""
+    detector: str = "IDEA-Research/grounding-dino-tiny"  # or OWLv2, google/owlv2-base-patch16-ensemble: by its name on the hub, or a local folder
     box_threshold: float = 0.3  # the detector's confidence from which a box counts (OWLv2 wants about 0.1)
     sam_type: Literal["vit_b", "vit_l", "vit_h"] = "vit_b"  # Segment Anything's size
     sam_checkpoint: str | None = None  # its weights, for instance sam_vit_b_01ec64.pth
@@ -348,8 +347,7 @@ def export_frames(args: Args, folder: Path, pool: ProcessPoolExecutor) -> None:
 
 
 def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
-    """(n, size, size) bool: a folder's masks, all sequences one after the other, with a pixel for an eighth of its area or more. Raises UserError for
-    each way not to fit."""
+    """(n, size, size) bool: a folder's masks, sequence after sequence, a pixel for an eighth of its area or more. Raises UserError for misfits."""
     expected, masks, peak = [f"{i:05}.png" for i in range(args.sequence_length)], [], 0
     for sequence in sequence_names(args):
         where, there = f"{folder}/{sequence}", {path.name for path in (folder / sequence).glob("[!.]*.png")}
@@ -454,8 +452,8 @@ def masks_by_phrase(args: Args, prompt: str, device: torch.device, pool: Process
 
 # ------------------------------------------------------------------------------------------------------------ the report
 def report_segmenter(parts: dict[str, np.ndarray], training: dict[str, np.ndarray], sheet: Path) -> dict[str, float]:
-    """How good the segmenter is: by part (a phrase's masks) and together, IoU with the simulator's masks, printed and as figures; and a picture of
-    the ten worst frames: frame, what the segmenter keeps, what the simulator does. `training` is collect's."""
+    """IoU with the simulator's masks, by part (a phrase's masks) and together, printed and as figures; and a picture of the ten worst frames: frame,
+    what the segmenter keeps, what the simulator does. `training` is collect's."""
     union = np.any(list(parts.values()), axis=0)
     of_phrase = training | {"clean": None, "masks": None}  # which a folder may be called as well
     figures, rows = {}, [(name, masks, of_phrase.get(name)) for name, masks in parts.items()] + [("together", union, training["masks"])]
