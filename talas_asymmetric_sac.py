@@ -843,8 +843,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     vec_env.close()
 
     # ---- the end: the table, the films, the figures
-    figures = report(run)
-    figures |= {"train/steps": progress.step, "train/updates": progress.updates, "train/seconds": round(time.time() - began, 1)}
+    figures = report(run) | {"train/steps": progress.step, "train/updates": progress.updates, "train/seconds": round(time.time() - began, 1)}
     envs.write_json(run / "metrics.json", figures)
     shutil.rmtree(kept, ignore_errors=True)  # gigabytes of replay, which nobody needs any more
     films, again = ", ".join(f"{setting}.mp4" for setting in settings), shlex.join(["python", sys.argv[0], "--evaluate", f"{run}/checkpoint.pt"])
@@ -857,8 +856,7 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
     args, run = tyro.cli(Args, args=argv, description=__doc__), None
     args.env = envs.resolve_env_id(args.env)
     if args.evaluate is not None:
-        own = load_agent_once(Path(args.evaluate))[1]["args"]
-        own = replace(own, device="cpu", track=False)  # played on the CPU, wherever it was trained
+        own = replace(load_agent_once(Path(args.evaluate))[1]["args"], device="cpu", track=False)  # played on the CPU, wherever it was trained
         free = ("evaluate", "eval_settings", "eval_episodes", "distractors", "precision", "seed")
     elif args.resume is not None and (run := find_run(args)):
         free = ("resume", "total_timesteps", "checkpoint_every", "device", "precision", "compile", "cudagraphs", "distractors", "overlay")
