@@ -47,8 +47,7 @@ from envs import Setting, TalasEnv, UserError, augment, make_env, mask_iou, mujo
 class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
     prompt: str | None = None  # what belongs to the task, in plain English; by default the task's own. With masks: what their IoU is measured against
-    segmenter: Literal["sim", "sam", "masks"] = "sim"
-    """sim: the simulator's masks, by look-up (privileged); sam: a detector and Segment Anything; masks: another tool's (--masks, --export-frames)"""
+    segmenter: Literal["sim", "sam", "masks"] = "sim"  # who makes the masks, see above; masks: another tool, of --export-frames' frames, in --masks
     seed: int = 1  # seeds the frames, the network and the batches
     frames: int | None = None  # clean frames to train on; by default 5,000, fewer on tasks that render slowly, of the cup 10,000
     test_frames: int = 500  # frames that training never sees, for the IoU figures
