@@ -226,10 +226,9 @@ class Encoder(nn.Sequential):
             "medium": [(3, 2), (3, 2), (3, 1), (3, 1)],  # D = 8,192
             "small": [(4, 4), (3, 2), (3, 1)],  # D = 2,048
         }
-        layers = []
+        super().__init__()
         for i, (kernel, stride) in enumerate(shapes[kind]):
-            layers += [nn.Conv2d(32 if i else channels, 32, kernel, stride), nn.ReLU()]
-        super().__init__(*layers)
+            self.extend([nn.Conv2d(32 if i else channels, 32, kernel, stride), nn.ReLU()])
         self.apply(orthogonal)
         self.to(memory_format=torch.channels_last)  # after the initialisation: orthogonal_ cannot write into it
 
