@@ -633,7 +633,7 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
 
 
 def play_all(path: Path, args: Args, jobs: list[tuple[Setting, int]]) -> Iterator[tuple]:
-    """What play returns for each job, in their order. A process per core plays whole episodes, as rendering takes most of the time."""
+    """What play returns for each job, in their order, whoever plays it: a process per core whole episodes, as rendering takes most of the time."""
     # Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(len(jobs), envs.cores(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
     futures = [pool.submit(play, path, args, job) for job in jobs]
