@@ -883,7 +883,9 @@ def main(args: Args, run: Path | None = None) -> None:
         return print(f"{run} came to its end before; nothing to do")
     if args.masker == "none" and (args.clean_masker or args.augmentation in ("swap", "mix")):
         raise UserError("--masker none: --clean-masker and --augmentation swap or mix need a --masker")
-    envs.check_flags(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10, replay_size=100 * args.num_envs)
+    envs.check_flags(args, learning_starts=0, shift=0, init_alpha=1e-6, overlay_images=10)
+    if args.replay_size < 100 * args.num_envs:
+        raise UserError(f"--replay-size {args.replay_size}: has to be at least 100 per environment")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases: pip install wandb")
     settings = settings_of(args.eval_settings, args.distractors)

@@ -32,8 +32,8 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, ["--resume="], "not the folder of a run"),  # as of an empty variable of a shell
     (RL, ["--evaluate="], "not a checkpoint of this script"),
     (RL, [*NO_MASKER, "--exp-name=../elsewhere"], "has no /"),
-    (RL, [*NO_MASKER, "--replay-size=99"], "--replay-size 99: has to be a number from 100 to"),
-    (RL, [*NO_MASKER, "--num-envs=2", "--replay-size=199"], "--replay-size 199: has to be a number from 200 to"),
+    (RL, [*NO_MASKER, "--replay-size=99"], "at least 100 per environment"),
+    (RL, [*NO_MASKER, "--num-envs=2", "--replay-size=199"], "at least 100 per environment"),
     (RL, [*NO_MASKER, "--gamma=1.5"], "--gamma 1.5: has to be a number from 0 to 1"),
     (RL, [*NO_MASKER, "--tau=1.5"], "--tau 1.5: has to be a number from 0 to 1"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
