@@ -325,53 +325,48 @@ class SuiteTask(Loader):
         return float(timestep.reward or 0), timestep.discount == 0, {}  # None: past its time limit dm_control begins a new episode by itself
 
 
-# RL-ViGen's A1. Position targets (rad) per leg (abduction, hip, knee), legs FR, FL, RR, RL; the walk's reference targets q0; the stand's start.
-_A1_RANGES = {
-    "unitree_walk": [(-0.6, 0.2), (-0.8, 0.8), (-2.0, -0.916298)],
-    "unitree_stand": [(-0.802851, 0.802851), (-1.0472, 4.18879), (-2.69653, -0.916298)],
-}
+# RL-ViGen's A1: the scene around MuJoCo Menagerie's robot. Position targets (rad) per leg (abduction, hip, knee), legs FR, FL, RR, RL: the walk's
+# ranges (the stand's are the robot's own) and reference targets q0; the stand's start.
+_A1_SCENE = """<mujoco>
+    <include file="a1.xml"/><include file="./common/skybox.xml"/><include file="./common/visual.xml"/>
+    <statistic extent=".8" center="0 0 .1"/>
+    <asset>
+        <texture name="grid" type="2d" builtin="checker" rgb1=".2 .3 .4" rgb2=".1 .2 .3" width="300" height="300" mark="edge" markrgb=".8 .8 .8"/>
+        <material name="ground" texture="grid" texrepeat="5 5" texuniform="true" reflectance=".2"/>
+    </asset>
+    <worldbody>
+        <geom name="floor" type="plane" size="0 0 .05" material="ground" group="1"/>
+        <light pos="-1 -1 4" dir="1 1 -4" diffuse=".7 .7 .7" specular=".03 .03 .03"/>
+    </worldbody>
+</mujoco>"""
+_A1_WALK = [(-0.6, 0.2), (-0.8, 0.8), (-2.0, -0.916298)] * 4
 _A1_Q0 = np.array([0.05, 0.22, -0.8, 0.05, 0.22, -0.8, 0.1, 0.68, 0, 0.1, 0.68, 0])
 _A1_CROUCH = np.array([0.05, 1.3, -2.69653, 0.05, 1.3, -2.69653, 0.1, 1.3, -2.69653, 0.1, 1.3, -2.69653])
 
 
 class UnitreeTask(Loader):
-    """RL-ViGen's two Unitree A1 tasks, on MuJoCo Menagerie's model, in RL-ViGen's scene."""
+    """RL-ViGen's two Unitree A1 tasks."""
 
     def __init__(self, env_id: str):
-        self.walk, spec = env_id == "unitree_walk", self._menagerie_spec(env_id)
-        spec.material("carbonfibre").textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = ""
-        spec.material("carbonfibre").rgba, spec.material("dark").rgba = (0.25, 0.25, 0.25, 1), (0.2, 0.2, 0.2, 1)
-        trunk, world = spec.body("trunk"), spec.worldbody
-        trunk.pos = (0, 0, 0.43 if self.walk else 0.096)
-        spec.option.timestep, spec.stat.extent, spec.stat.center = 0.002, 0.8, (0, 0, 0.1)
-        spec.visual.headlight.ambient, spec.visual.headlight.diffuse, spec.visual.headlight.specular = (0.4,) * 3, (0.8,) * 3, (0.1,) * 3
-        spec.visual.map.znear, spec.visual.quality.shadowsize = 0.01, 2048
-        sky = {"type": mujoco.mjtTexture.mjTEXTURE_SKYBOX, "builtin": mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, "mark": mujoco.mjtMark.mjMARK_RANDOM}
-        spec.add_texture(name="skybox", width=800, height=800, rgb1=(0.4, 0.6, 0.8), rgb2=(0, 0, 0), markrgb=(1, 1, 1), **sky)
-        checker = {"type": mujoco.mjtTexture.mjTEXTURE_2D, "builtin": mujoco.mjtBuiltin.mjBUILTIN_CHECKER, "mark": mujoco.mjtMark.mjMARK_EDGE}
-        spec.add_texture(name="grid", width=300, height=300, rgb1=(0.2, 0.3, 0.4), rgb2=(0.1, 0.2, 0.3), markrgb=(0.8, 0.8, 0.8), **checker)
-        material = spec.add_material(name="ground", texrepeat=(5, 5), texuniform=True, reflectance=0.2)
-        material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "grid"
-        world.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=(0, 0, 0.05), material="ground", group=1)
-        world.add_light(pos=(-1, -1, 4), dir=(1, 1, -4), diffuse=(0.7,) * 3, specular=(0.03,) * 3)
-        trunk.add_camera(name="mounted", pos=(0.7, 0, 0.5), euler=(0, 0.83, 1.57))  # rides before the head and looks back and down
-        trunk.add_camera(name="people", pos=(0, 2.5, 1.5), xyaxes=(-1, 0, 0, 0, -0.5, 1), mode=mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM)
-        self.textures, self.model = spec, spec.compile()
-        self.data = mujoco.MjData(self.model)
-        self.model.actuator_ctrlrange[:] = _A1_RANGES[env_id] * 4
-        self.reset(np.random.default_rng(0))
-
-    @staticmethod
-    def _menagerie_spec(env_id: str) -> mujoco.MjSpec:
-        """The robot alone, from MENAGERIE_ROOT, the package's cache or its download."""
         robot, cache = mujoco_menagerie.get("unitree_a1"), mujoco_menagerie.Cache()
         try:
             if not cache.root and not cache.is_cached(robot) and not online(f"{cache.base_url}/{robot.asset}"):
                 raise OSError("no network")
-            return robot.spec("a1")
-        except (mujoco_menagerie.MenagerieError, OSError, ValueError) as error:  # ValueError: a folder without a1.xml
+            files = common.ASSETS | robot.assets("a1")  # from MENAGERIE_ROOT, the package's cache or its download
+            spec = mujoco.MjSpec.from_string(_A1_SCENE, files, files)
+        except (mujoco_menagerie.MenagerieError, OSError, SyntaxError, ValueError) as error:  # the last two: damaged XML
             hint = "set MENAGERIE_ROOT to a folder that holds MuJoCo Menagerie's unitree_a1/"
             raise UserError(f"{env_id} needs the Unitree A1, which cannot be downloaded or read ({error}): {hint}") from None
+        spec.material("carbonfibre").textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = ""
+        spec.material("carbonfibre").rgba = (0.25, 0.25, 0.25, 1)
+        self.walk, trunk = env_id == "unitree_walk", spec.body("trunk")
+        trunk.pos = (0, 0, 0.43 if self.walk else 0.096)
+        trunk.add_camera(name="mounted", pos=(0.7, 0, 0.5), euler=(0, 0.83, 1.57))  # rides before the head and looks back and down
+        self.textures, self.model = spec, spec.compile()
+        self.data = mujoco.MjData(self.model)
+        if self.walk:
+            self.model.actuator_ctrlrange[:] = _A1_WALK
+        self.reset(np.random.default_rng(0))
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         super().key("hard")  # sky and ground at both levels: the camera looks down, and RL-ViGen's key would change nothing
