@@ -366,7 +366,6 @@ class UnitreeTask(Loader):
         self.data = mujoco.MjData(self.model)
         if self.walk:
             self.model.actuator_ctrlrange[:] = _A1_WALK
-        self.reset(np.random.default_rng(0))
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         super().key("hard")  # sky and ground at both levels: the camera looks down, and RL-ViGen's key would change nothing
@@ -425,7 +424,6 @@ class AdroitTask(Loader):
         camera, (position, euler) = self.model.cam("vil_camera"), self.spec["camera"]
         camera.pos, camera.fovy = position, 45
         mujoco.mju_euler2Quat(camera.quat, np.array(euler, float), "xyz")
-        self.reset(np.random.default_rng(0))
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         """Make the floor, or floor and table, render exactly black: no colour, texture, highlight or mirror. The void is black anyway. Ours."""
