@@ -272,7 +272,7 @@ class Loader:
     """What the three have in common, and the look of the suite and the A1: a sky, "skybox", and a ground, "grid"."""
 
     textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
-    hand = slice(0)  # where Adroit's hand is in qpos
+    hand = slice(0)  # of qpos, what is observed beside the pixels: Adroit's hand
 
     def ctrl(self, action: np.ndarray) -> np.ndarray:
         """(A,) an action in [-1, 1] as what the motors are told: torques, or angles to go to."""
@@ -283,10 +283,6 @@ class Loader:
         """The action that leaves the motors' targets where they are: what to settle a state with."""
         low, high = self.model.actuator_ctrlrange.T
         return 2 * (self.data.ctrl - low) / (high - low) - 1
-
-    def proprio(self) -> np.ndarray:
-        """(P,) float32: the hand's 24 joint angles (rad), or none."""
-        return self.data.qpos[self.hand].astype(np.float32)
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         """Paint the sky, or sky and ground, black: colours, marks and the haze at the horizon. Reflections in the ground stay, as in RL-ViGen."""
@@ -399,13 +395,13 @@ class UnitreeTask(Loader):
         return float((w + m + w * m) / 3)
 
 
-# Adroit: where the 24 hand joints start in qpos; VRL3's divisor of the dense reward (relocate's is ours); the camera's position and Euler angles
-# (the benchmark's; relocate's is ours: from the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
+# Adroit: VRL3's divisor of the dense reward (relocate's is ours); the camera's position and Euler angles (the benchmark's; relocate's is ours: from
+# the side, where the palm does not hide the ball); what the palm's distance is measured to in the reward.
 _ADROIT: dict[str, dict[str, Any]] = {
-    "pen":      {"hand": 0, "scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
-    "door":     {"hand": 4, "scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle")},
-    "hammer":   {"hand": 2, "scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object")},
-    "relocate": {"hand": 6, "scale": 30, "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)), "palm_to": ("body", "Object")},
+    "pen":      {"scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
+    "door":     {"scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle")},
+    "hammer":   {"scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object")},
+    "relocate": {"scale": 30, "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)), "palm_to": ("body", "Object")},
 }  # fmt: skip
 
 
@@ -416,11 +412,12 @@ class AdroitTask(Loader):
         # Imports the package only here, as that takes a second; on import it prints that v1's dense rewards changed: see step.
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
             self.env = gym.make(f"gymnasium_robotics:AdroitHand{env_id.title()}-v1", reward_type=reward).unwrapped
-        self.env_id, self.dense, self.spec = env_id, reward == "dense", _ADROIT[env_id]
+        self.dense, self.spec = reward == "dense", _ADROIT[env_id]
         self.model, self.data = self.env.model, self.env.data
         self.model.vis.quality.shadowsize = 2048  # the suite's; 4096 take a third more time, for two pixels in a thousand
         self.model.vis.quality.offsamples = 4  # the suite's as well, and what segment counts on
-        self.hand = slice(self.spec["hand"], self.spec["hand"] + 24)
+        wrist = self.model.joint("WRJ1").qposadr[0]
+        self.hand = slice(wrist, wrist + 24)
         camera, (position, euler) = self.model.cam("vil_camera"), self.spec["camera"]
         camera.pos, camera.fovy = position, 45
         mujoco.mju_euler2Quat(camera.quat, np.array(euler, float), "xyz")
@@ -548,7 +545,7 @@ class TalasEnv(gym.Env):
     """A task seen through a camera, under a visual setting.
 
     Observations are {"pixels": (3 * frame_stack, image_size, image_size) uint8, RGB frames, channel first, oldest first; "proprio": (P,) float32},
-    P = 24 hand joint angles on Adroit and 0 elsewhere. Actions are Box(-1, 1). `distractors` (or TALAS_DISTRACTORS) is a folder in DMControl-GB's
+    P = 24 hand joint angles on Adroit (rad), 0 elsewhere. Actions are Box(-1, 1). `distractors` (or TALAS_DISTRACTORS) is a folder in DMControl-GB's
     layout; `reward` matters on Adroit only; `action_repeat` overrides the table's. Raises UserError for whatever the caller can mend.
     """
 
@@ -602,7 +599,8 @@ class TalasEnv(gym.Env):
         self._episode, self._step = first_episode - 1, 0
         self.action_space = gym.spaces.Box(-1, 1, (self.model.nu,), np.float32)
         pixels = gym.spaces.Box(0, 255, (3 * frame_stack, image_size, image_size), np.uint8)
-        self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=gym.spaces.Box(-np.inf, np.inf, self.task.proprio().shape, np.float32))
+        proprio = gym.spaces.Box(-np.inf, np.inf, self.data.qpos[self.task.hand].shape, np.float32)
+        self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=proprio)
 
     def _names(self) -> dict[str, str]:
         """The vocabulary of a model that the table does not know: its bodies, the geoms of its world, all bodies, and what is a target."""
@@ -648,7 +646,7 @@ class TalasEnv(gym.Env):
 
     def _obs(self) -> dict[str, np.ndarray]:
         pixels = np.concatenate(self._frames, axis=2).transpose(2, 0, 1)  # (3k, H, W), oldest frame first
-        return {"pixels": np.ascontiguousarray(pixels), "proprio": self.task.proprio()}
+        return {"pixels": np.ascontiguousarray(pixels), "proprio": self.data.qpos[self.task.hand].astype(np.float32)}
 
     def _render(self, segmented: bool = False) -> np.ndarray:
         """The present scene as (H, W, 3) uint8; or, four times as high and wide, as (4 H, 4 W, 2) int32, what is where: its id and its type."""

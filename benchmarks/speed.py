@@ -206,7 +206,7 @@ def main(args: Args) -> None:
     photos = load_photographs(None, 1000, 0).to(device)
     env = make_env(args.env)
     env.reset()
-    spaces = (9, len(env.task.proprio()), env.action_space.shape[0])
+    spaces = (9, env.observation_space["proprio"].shape[0], env.action_space.shape[0])
     result: dict[str, float | str] = {"device": name, "env": args.env, "batch_size": args.batch_size, "threads": torch.get_num_threads()}
 
     replay = talas.Replay(1, max(args.stored) + max(args.stored) // 250 + 8, (9, 84, 84), spaces[1], spaces[2], device)
