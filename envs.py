@@ -266,10 +266,9 @@ def task_row(env_id: str) -> Task:
 
 
 # ---------------------------------------------------------------------------------------------------- the three loaders
-# A loader is a simulated task without pixels: `model`, `data` and SuiteTask's methods. All chance is in reset's `rng`, and what it changes in the
-# model is in TalasEnv.EPISODE_FIELDS.
 class Loader:
-    """What the three have in common, and the look of the suite and the A1: a sky, "skybox", and a ground, "grid"."""
+    """A simulated task without pixels: `model`, `data` and SuiteTask's methods. All chance is in reset's `rng`, and what it changes in the model in
+    TalasEnv.EPISODE_FIELDS. Here is what the three share, and the look of the suite and the A1: a sky, "skybox", and a ground, "grid"."""
 
     textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
     hand = slice(0)  # of qpos, what is observed beside the pixels: Adroit's hand
