@@ -374,24 +374,21 @@ class UnitreeTask(Loader):
 
     def step(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
         """One control step of 0.01 s: five of physics."""
-        self.data.ctrl[:] = self.ctrl(action)
-        mujoco.mj_step(self.model, self.data, 5)
-        mujoco.mj_step1(self.model, self.data)  # mj_step leaves poses one physics step behind qpos; dm_control does the same
-        return self._reward(), False, {}
-
-    def _reward(self) -> float:
         data, trunk = self.data, self.data.body("trunk")
+        data.ctrl[:] = self.ctrl(action)
+        mujoco.mj_step(self.model, data, 5)
+        mujoco.mj_step1(self.model, data)  # mj_step leaves poses one physics step behind qpos; dm_control does the same
         mujoco.mj_subtreeVel(self.model, data)
         axes, velocity = trunk.xmat.reshape(3, 3), trunk.subtree_linvel  # columns: the trunk's axes in the world; m/s, its subtree's centre of mass
         e_x, e_z = axes[:, 0], axes[:, 2]
         s = rewards.tolerance(trunk.xpos[2], (0.36, np.inf), margin=0.18)
         tilt = 0.1 * np.sum((e_z - (0, 0, 1)) ** 2) + 0.05 * np.sum((e_x - (1, 0, 0)) ** 2)  # 0.1 p_z + 0.05 p_x
         if not self.walk:
-            return float((2 * s + e_z[2]) / 3 - 0.08 * np.mean(self.hold() ** 2) - tilt)
+            return float((2 * s + e_z[2]) / 3 - 0.08 * np.mean(self.hold() ** 2) - tilt), False, {}
         w = (3 * s + e_z[2] + e_x[0]) / 5 - 0.05 * np.mean((data.ctrl - _A1_Q0) ** 2) - 0.05 * velocity[2] ** 2
         w += -0.005 * np.sum((axes @ data.qvel[3:6])[:2] ** 2) - tilt  # ω in the world; a free joint's is in its own frame
         m = rewards.tolerance(velocity[0], (1, np.inf), margin=1, sigmoid="linear")
-        return float((w + m + w * m) / 3)
+        return float((w + m + w * m) / 3), False, {}
 
 
 # Adroit: VRL3's divisor of the dense reward (relocate's is ours); the camera's position and Euler angles (the benchmark's; relocate's is ours: from
