@@ -157,7 +157,6 @@ def load_plain(path: Path) -> Any:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What save_tensors wrote."""
     content = load_plain(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"its format is {content.get('format')}, of TaLaS {content.get('version')}; here it is {FORMAT}, of TaLaS {VERSION}")
@@ -546,7 +545,6 @@ class TalasEnv(gym.Env):
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
-    # what get_state takes along
     EPISODE_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_size", "site_pos", "site_quat", "site_size", "site_rgba", "light_pos", "hfield_data")
 
     def __init__(
