@@ -484,7 +484,7 @@ def list_videos(distractors: str, setting: Setting) -> tuple[list[Path], int]:
     """The videos of DMControl-GB's video_easy/ or video_hard/ in natural numeric order, and how many others cannot be decoded (a warning each)."""
     folder, videos = Path(distractors) / setting, []
     if not folder.is_dir():
-        have = sorted(p.name for p in Path(distractors).iterdir()) if Path(distractors).is_dir() else []
+        have = sorted(p.name for p in Path(distractors).glob("*"))  # nothing of no folder
         raise UserError(f"--distractors {distractors}: expected DMControl-GB's layout, but no {setting}/ among {', '.join(have) or 'nothing'}")
     listed = [p for p in folder.iterdir() if p.suffix.lower() in {".mp4", ".avi", ".mov", ".mkv", ".webm"}]
     for path in sorted(listed, key=lambda p: ([int(number) for number in re.findall("[0-9]+", p.stem)], p.name)):
