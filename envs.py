@@ -350,7 +350,7 @@ class UnitreeTask(Loader):
             spec = mujoco.MjSpec.from_string(_A1_SCENE, files, files)
         except (mujoco_menagerie.MenagerieError, OSError, SyntaxError, ValueError) as error:  # the last two: damaged XML
             hint = "set MENAGERIE_ROOT to a folder that holds MuJoCo Menagerie's unitree_a1/"
-            raise UserError(f"{env_id} needs the Unitree A1, which cannot be downloaded or read ({error}): {hint}") from None
+            raise UserError(f"{env_id} needs the Unitree A1, which cannot be downloaded or read ({brief(error)}): {hint}") from None
         spec.material("carbonfibre").textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = ""
         spec.material("carbonfibre").rgba = (0.25, 0.25, 0.25, 1)
         self.walk, trunk = env_id == "unitree_walk", spec.body("trunk")

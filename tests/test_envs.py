@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -636,14 +637,21 @@ def test_unknown_setting():
         envs.make_env("walker_walk", "video_medium")
 
 
-@pytest.mark.parametrize("how", ["empty folder", "missing folder", "no network"])
-def test_no_a1(monkeypatch, tmp_path, how):
+@pytest.mark.parametrize("how", ["empty folder", "missing folder", "no network", "broken XML", "another XML", "no mesh"])
+def test_no_a1(monkeypatch, tmp_path, request, how):
+    real = request.getfixturevalue("menagerie") if how.endswith(("XML", "mesh")) else None
     monkeypatch.delenv("MENAGERIE_ROOT", raising=False)
     if how == "no network":  # nobody listens there
         monkeypatch.setenv("MENAGERIE_CACHE_DIR", str(tmp_path))
         monkeypatch.setenv("MENAGERIE_BASE_URL", "http://127.0.0.1:9")
     else:
         (tmp_path / "empty folder").mkdir()
+        if real:
+            robot = shutil.copytree(Path(real) / "unitree_a1", tmp_path / how / "unitree_a1")
+            if how == "no mesh":
+                (robot / "assets/calf.obj").unlink()
+            else:
+                (robot / "a1.xml").write_text("<mujoco><worldbody>" if how == "broken XML" else "<svg><g/></svg>")
         monkeypatch.setenv("MENAGERIE_ROOT", str(tmp_path / how))
     with pytest.raises(envs.UserError, match="MENAGERIE_ROOT") as error:
         envs.make_env("unitree_walk")
