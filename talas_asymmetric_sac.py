@@ -83,7 +83,7 @@ class Args:
     shift: int = 4  # random shift of replayed observations, pixels (DrQ)
     encoder: Literal["sada", "medium", "small"] = "sada"  # SADA's four 3×3 convolutions; with more strides, a third (medium), a tenth of their cost
     hidden_dim: int = 1024  # width of the actor's and the critics' two hidden layers
-    layer_norm: bool = False  # normalise these layers before their ReLUs (ours; SADA does not): learns faster, see results/README.md
+    layer_norm: bool = False  # normalise these layers before their ReLUs (ours; SADA does not): much faster from states, see results/README.md
     replay_size: int = 500_000  # frames kept, one per agent step; memory is taken as it fills (a GPU's at once), 28 KB each with the mask
 
     # media
