@@ -19,6 +19,7 @@ The last line is the asymmetry: an action chosen from the augmented view is judg
 import copy
 import csv
 import gc
+import glob
 import importlib.util
 import json
 import math
@@ -587,7 +588,7 @@ def find_run(args: Args) -> Path | None:
     own = ("precision",) if args.precision == "auto" else ()  # auto became what it stands for
     varies = dict.fromkeys(("resume", "checkpoint_every", "device", "compile", "cudagraphs", *own))
     asked = json.loads(json.dumps(asdict(args) | varies))
-    for path in sorted(Path("runs").glob("*/args.json"), reverse=True):
+    for path in sorted(Path("runs").glob(f"{args.env}__{glob.escape(args.exp_name)}__{args.seed}__*/args.json"), reverse=True):
         with suppress(ValueError, TypeError, OSError):
             if json.loads(path.read_text()) | varies == asked:
                 return path.parent
