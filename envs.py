@@ -157,6 +157,7 @@ def load_plain(path: Path) -> Any:
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
+    """What save_tensors wrote. Raises ValueError for another format, and whatever damage leads to."""
     content = load_plain(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"its format is {content.get('format')}, of TaLaS {content.get('version')}; here it is {FORMAT}, of TaLaS {VERSION}")

@@ -634,7 +634,8 @@ def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float
 
 
 def play_all(path: Path, args: Args, jobs: list[tuple[Setting, int]]) -> Iterator[tuple]:
-    """What play returns for each job, in their order, whoever plays it: a process per core whole episodes, as rendering takes most of the time."""
+    """What play returns for each job, in their order."""
+    # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
     # Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(len(jobs), envs.cores(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
     futures = [pool.submit(play, path, args, job) for job in jobs]
@@ -817,7 +818,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             learn()
         obs, rewards, terminated, truncated, info = vec_env.step_wait(timeout=PATIENCE)
         came_from = {"actions": torch.from_numpy(actions), "rewards": torch.from_numpy(rewards), "proprio": torch.from_numpy(obs["proprio"])}
-        check("a reward or an observation", came_from.values(), **came_from)
+        check("a reward or an observation", (came_from["rewards"], came_from["proprio"]), **came_from)
         seen, ended = observe(mask, obs, device), terminated | truncated
         replay.add_step(actions, rewards, terminated, *seen)
         for i in np.flatnonzero(ended):

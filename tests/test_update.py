@@ -1230,7 +1230,7 @@ def test_pools_processes_are_workers(monkeypatch, tmp_path, module):
     assert seen.value.args == (envs.start_worker,)
 
 
-def test_an_episode_is_played_and_measured(make, tmp_path):
+def test_an_episode_is_played_and_measured(make):
     """Played once more by hand: the return; IoU at every fifth step, of pixels that the newest mask has above a half; the film, of what was seen."""
     committed = next((Path(__file__).parents[1] / "results/agents").glob("cartpole*.pt"))
     args = rl.Args("cartpole_swingup", action_repeat=90, precision="fp32")  # eleven steps
@@ -1248,11 +1248,7 @@ def test_an_episode_is_played_and_measured(make, tmp_path):
             assert np.abs(panel - expected).max() < 1  # of 255, cut to a byte
         if step % 5 == 0:
             drawn, named = mask > 127, env.segment("the cart and the pole")
-            near = [
-                np.max([np.roll(m, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)], 0) for m in (drawn, named)
-            ]  # both far from the border
-            either = (drawn | named).sum()
-            true.append([(drawn & named).sum() / either, ((drawn & near[1]) | (named & near[0])).sum() / either])
+            true.append([envs.mask_iou(drawn[None], named[None], tolerance)[0] for tolerance in (0, 1)])
         obs, reward, _, over, _ = env.step(action.numpy())
         rewards.append(reward)
         step += 1
