@@ -852,6 +852,8 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     keep = mask.to(frames.dtype)  # (B, k, H, W)
     if kind == "swap":
         return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
+    if kind != "mix":
+        raise ValueError(f"{kind}: no such augmentation")
     colour, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
     recolour = colour / area.clamp(min=1) - image.mean((1, 3, 4))
     tint = (torch.rand(batch, 1, device=device) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident

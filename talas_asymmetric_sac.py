@@ -413,9 +413,11 @@ def observe(mask: Callable, obs: dict[str, np.ndarray], device: torch.device) ->
 class Replay:
     """Every frame once, as bytes, with its mask; stacks are put together when sampled. A ring of rows, in which the newest replaces the oldest.
 
-    Row n, in slot n % capacity, is a frame of one environment, with the action, reward and end that led to it; it is never changed. Its history, the
-    numbers of k + 1 rows, oldest first, holds both stacks of a transition: the observation before the action, [:k], and the one after it, [1:].
-    Before an episode's first frame stands that frame; no transition leads to it. An episode of T steps is T + 1 rows.
+    Row n, in slot n % capacity, is a frame of one environment, with the action, reward and end that led to it; it is never changed, so a checkpoint
+    writes what is new. Its history, the numbers of the last k + 1 rows of its episode (k: frames of a stack), oldest first and n itself last, holds
+    both stacks of a transition: the observation before the action, [:k], and the one after it, [1:]. Before an episode's first frame stands that
+    frame; no transition leads to it. An episode of T steps is T + 1 rows, with other environments' between them: the row after n, if there is one,
+    is among the next 2·num_envs, and has n as its history[-2].
     What is large lies on the device, the book-keeping on the CPU, so that a batch is drawn without waiting for a GPU.
     """
 
@@ -590,7 +592,7 @@ def find_run(args: Args) -> Path | None:
     asked = json.loads(json.dumps(asdict(args) | varies))
     for path in sorted(Path("runs").glob(f"{args.env}__{glob.escape(args.exp_name)}__{args.seed}__*/args.json"), reverse=True):
         with suppress(ValueError, TypeError, OSError):
-            if json.loads(path.read_text()) | varies == asked:
+            if asdict(Args()) | json.loads(path.read_text()) | varies == asked:  # a flag that did not exist then had its default
                 return path.parent
     return None
 

@@ -77,17 +77,17 @@ def maskers(rows: list[dict[str, str]], brief: bool = False) -> str:
         kept = f"{hard / cells[env, teachers, 'iou/clean']:.3f}" if hard is not None else ""
         full.append([f"`{env}`", "teacher", *shown(env, teachers), "", *about[env, teachers]])
         full.append(["", "student", *shown(env, students), kept, *about[env, students]])
-    by_augmentation = []
-    for env in (env for env in tasks if any((env, name) in about for name in ("overlay", "swap"))):
-        ious = [[cells.get((env, name, f"iou/{setting}")) for setting in COMPARED] for name in get_args(Augmentation)]
+    by_augmentation, augmentations = [], [name for name in get_args(Augmentation) if any((env, name) in about for env in tasks)]
+    for env in (env for env in tasks if any((env, name) in about for name in augmentations if name != students)):
+        ious = [[cells.get((env, name, f"iou/{setting}")) for setting in COMPARED] for name in augmentations]
         by_augmentation.append([f"`{env}`", *(" / ".join(f"{iou:.3f}" for iou in own if iou is not None) for own in ious)])
     return f"""{table(["task", "masker", *MASK_SETTINGS, "video_hard over the teacher's clean", "seconds", "commit"], full)}
 
-### Three augmentations
+### By augmentation
 
 Students of one teacher, `python talas_phase2.py --env <env> --augmentation <name> --maskers runs/maskers_<name>/<env>`: IoU {" / ".join(COMPARED)}.
 
-{table(["task", *get_args(Augmentation)], by_augmentation)}"""
+{table(["task", *augmentations], by_augmentation)}"""
 
 
 def published(page: list[dict[str, str]], tasks: tuple[str, ...]) -> str:

@@ -588,6 +588,8 @@ def test_one_photograph_over_the_frames_of_a_stack(batch):
     assert len({image.numpy().tobytes() for image in swapped}) == 5  # and one for each sample
     assert torch.equal(envs.augment(obs, nothing + 1, photos, "swap"), obs.float())
     assert not torch.equal(envs.augment(obs, nothing, photos, "swap"), swapped)  # drawn anew each time
+    with pytest.raises(ValueError, match="conv: no such augmentation"):  # as when a fork adds the name before the branch
+        envs.augment(obs, nothing, photos, "conv")
 
 
 def test_mix_is_a_tenth_clean_four_tenths_overlay_half_swap():

@@ -1192,6 +1192,11 @@ def test_auto_is_the_newest(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         envs.write_json(folder / "args.json", dataclasses.asdict(rl.read_args(typed)[0]))
     (folder / "args.json").write_text("{")
+    newest = Path("runs/hammer__talas__1__20260102-000000-1/args.json")
+    then = json.loads(newest.read_text())
+    del then["layer_norm"]  # a flag that came later, ours or a fork's
+    envs.write_json(newest, then)
+    assert rl.read_args([*typed, "--resume=auto", "--layer-norm"]) == (rl.Args("hammer", checkpoint_every=100, resume="auto", layer_norm=True), None)
     for other in ("--checkpoint-every=7", "--device=cpu", "--compile", "--cudagraphs"):
         assert rl.read_args([*typed, "--resume=auto", other])[1].name.endswith("20260102-000000-1")
 
