@@ -22,6 +22,7 @@ import pickle
 import re
 import signal
 import sys
+import textwrap
 import urllib.error
 import urllib.request
 import warnings
@@ -29,7 +30,7 @@ import weakref
 import zipfile
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -165,8 +166,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def brief(error: Exception) -> str:
-    """What an error says, in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    """What an error says, in one line that is not too long."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 def end_with_parent() -> None:
@@ -267,8 +268,9 @@ def task_row(env_id: str) -> Task:
 
 # ---------------------------------------------------------------------------------------------------- the three loaders
 class Loader:
-    """A simulated task without pixels: `model`, `data` and SuiteTask's methods. All chance is in reset's `rng`, and what it changes in the model in
-    TalasEnv.EPISODE_FIELDS. Here is what the three share, and the look of the suite and the A1: a sky, "skybox", and a ground, "grid"."""
+    """A simulated task without pixels: `model`, `data` and SuiteTask's methods. All chance comes from reset's `rng`; a field of the model that reset
+    changes has to be in TalasEnv.EPISODE_FIELDS. Here is what the three share, and the look of the suite and the A1: their sky is drawn with the
+    texture "skybox", their ground with "grid"."""
 
     textures: mujoco.MjSpec  # a scene with (at least) the same two textures, to generate them in other colours
     hand = slice(0)  # of qpos, what is observed beside the pixels: Adroit's hand
@@ -285,8 +287,11 @@ class Loader:
 
     def key(self, level: Literal["easy", "hard"]) -> None:
         """Paint the sky, or sky and ground, black: colours, marks and the haze at the horizon. Reflections in the ground stay, as in RL-ViGen."""
-        for name in ("skybox",) if level == "easy" else ("skybox", "grid"):
+        backdrop = {"background"} & {self.model.tex(t).name for t in range(self.model.ntex)}  # a wall that manipulator and stacker have for a sky
+        for name in ("skybox", *backdrop) if level == "easy" else ("skybox", *backdrop, "grid"):
             self.model.tex(name).data[:] = 0
+        if level == "hard" and self.model.nhfield:  # quadruped_escape's ground
+            self.model.geom_matid[self.model.geom_type == mujoco.mjtGeom.mjGEOM_HFIELD] = self.model.mat("grid").id
         self.model.vis.rgba.haze[:3] = 0
 
     def recolour(self, palette: dict[str, np.ndarray]) -> None:
@@ -575,7 +580,11 @@ class TalasEnv(gym.Env):
         self.task = loaders[self.row.loader](self.env_id)
         self.model, self.data = self.task.model, self.task.data
         self.physics = getattr(self.task, "physics", None)  # dm_control's, on its suite
+        if not (np.diff(self.model.actuator_ctrlrange) > 0).all():
+            raise UserError(f"{env_id}: a motor without a ctrlrange, so an action from -1 to 1 tells it nothing; give it one")
         self.vocabulary = self.row.vocabulary or self._names()
+        if "target" not in self.vocabulary and not self.row.vocabulary:
+            self.row = replace(self.row, prompt="the robot")
         if setting not in ("train", "procedural") and not self.distractors:
             raise UserError(f"{setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
         if setting.startswith("video"):
@@ -601,7 +610,9 @@ class TalasEnv(gym.Env):
         """The vocabulary of a model that the table does not know: its bodies, the geoms of its world, all bodies, and what is a target."""
         bodies = [name for b in range(1, self.model.nbody) if (name := self.model.body(b).name)]
         world = [name for g in range(self.model.ngeom) if self.model.geom_bodyid[g] == 0 and (name := self.model.geom(g).name)]
-        return {name.replace("_", " ").lower(): name for name in bodies + world} | {"robot": " ".join(bodies), "target": "*target*"}
+        sites = [self.model.site(s).name for s in range(self.model.nsite)]
+        target = {"target": "*target*"} if any("target" in name for name in bodies + world + sites) else {}
+        return {name.replace("_", " ").lower(): name for name in bodies + world} | {"robot": " ".join(bodies)} | target
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start the next episode, or episode `options["episode"]`. Episode i draws everything from (seed, i)."""
@@ -620,7 +631,12 @@ class TalasEnv(gym.Env):
         elif self.setting != "train":  # RL-ViGen moves on by one before each episode, so the first episode shows the second video
             video = self._videos[(self._episode + 1) % len(self._videos)]
             self._background = read_video(video, self.episode_steps + 1, self.size)
-        self._frames.extend([self.render()] * self._frames.maxlen)
+        start = self.render()
+        if self._background is not None and self.setting != "video_easy" and (start == self._background[0]).all(2).mean() < 0.05:
+            raise UserError(
+                f"{self.env_id}: {self.setting} shows the clean scene; draw its sky and ground with textures skybox and grid, or key them"
+            )
+        self._frames.extend([start] * self._frames.maxlen)
         return self._obs(), {"episode": self._episode}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -704,12 +720,15 @@ class TalasEnv(gym.Env):
             if named(model.body(b).name + "+") or model.body_parentid[b] in trees:
                 trees.add(b)
         bodies = trees | {b for b in range(1, model.nbody) if named(model.body(b).name)}
-        return {
+        found = {
             int(mujoco.mjtObj.mjOBJ_GEOM): [g for g in range(model.ngeom) if named(model.geom(g).name) or model.geom_bodyid[g] in bodies],
             int(mujoco.mjtObj.mjOBJ_SITE): [s for s in range(model.nsite) if named(model.site(s).name) or model.site_bodyid[s] in bodies],
             int(mujoco.mjtObj.mjOBJ_TENDON): [t for t in range(model.ntendon) if named(model.tendon(t).name)],
             int(mujoco.mjtObj.mjOBJ_SKIN): [s for s in range(model.nskin) if bodies >= set(model.skin_bonebodyid.tolist())],  # the dog's
         }
+        if not any(found.values()):
+            raise UserError(f"--prompt: {phrase!r} is in {self.env_id}'s vocabulary, but its model has no {self.vocabulary[phrase]!r} to be seen")
+        return found
 
     def nameable(self, prompt: str) -> str:
         """The prompt, if the simulator can name all of it, and otherwise the task's own: what a language model's masks are compared with."""
@@ -893,7 +912,7 @@ class Args:
 def draw_settings(args: Args) -> None:
     """A PNG: a row per setting; the start and two later states under random actions, each with its mask."""
     env_id, rows = resolve_env_id(args.env), []
-    prompt, output = args.prompt or task_row(env_id).prompt, args.output or f"{env_id}.png"
+    output = args.output or f"{env_id}.png"
     if Path(output).suffix not in (".png", ".jpg", ".bmp", ".webp") or not Path(output).parent.is_dir():
         raise UserError(f"--output {output}: not the name of a picture that can be written; end it in .png, and its folder has to be there")
     for setting in SETTINGS:
@@ -901,6 +920,7 @@ def draw_settings(args: Args) -> None:
             env = make_env(env_id, setting, distractors=args.distractors)
             env.reset()
             env.action_space.seed(1)
+            prompt = env.row.prompt if args.prompt is None else args.prompt
         except UserError as error:
             if setting == "train":
                 raise

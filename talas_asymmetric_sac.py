@@ -187,7 +187,7 @@ def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
     """(B, 3k, H, W) frames in [0, 255] -> (B, k, H, W) uint8 masks, 255 ψ(o): every frame of the stack on its own."""
     if masker is None:
         return torch.full_like(stack[:, ::3], 255, dtype=torch.uint8)
-    frames = stack.reshape(-1, 3, *stack.shape[2:]).to(masker.stem.weight.dtype)  # a camera's bytes are exact in bf16
+    frames = stack.reshape(-1, 3, *stack.shape[2:]).to(next(masker.parameters()).dtype)  # a camera's bytes are exact in bf16
     chunk = 96 if stack.device.type == "cpu" else len(frames)  # what a processor's cache holds: a sixth faster than 384 frames at once
     logits = torch.cat([masker(part) for part in frames.split(chunk)])
     return (logits.sigmoid() * 255).round().byte().unflatten(0, (len(stack), -1))
@@ -506,7 +506,7 @@ def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
         agent = Agent(args, *checkpoint["spaces"], None if args.masker == "none" else Masker().to(memory_format=torch.channels_last), None)
         missing, unexpected = agent.load_state_dict(checkpoint["weights"], strict=False)
         if unexpected or not all(key.startswith(("critic.", "target_critic.")) for key in missing):  # an agent that was exported has no critics
-            raise ValueError("not the weights of an agent")
+            raise ValueError(f"weights of other networks: {(*unexpected, *missing)[0]}")
         return agent, checkpoint
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"{path}: not a checkpoint of this script ({envs.brief(error)})") from None

@@ -317,7 +317,8 @@ special_tokens_map.json and vocab.txt (OWLv2: vocab.json and merges.txt) into a 
 
 
 def sequence_names(args: Args) -> list[str]:
-    """Folders of frames and masks, named by all that the frames depend on but their size: masks of other frames do not fit."""
+    """Folders of frames and masks, named by the flags that the frames depend on, but their size: masks of other frames do not fit. Where the task
+    itself is changed, in the code, they have to be deleted."""
     count = -(-args.segment_frames // args.sequence_length)
     return [f"{args.env}_seed{args.seed}_{args.sequence_length}frames_{i:04}" for i in range(count)]
 
@@ -354,7 +355,7 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
         if missing and len(missing) == len(extra):
             raise UserError(f"{where}: misnumbered, {extra[0]} to {extra[-1]} have no frame; frames are {expected[0]} to {expected[-1]}")
         if missing:
-            raise UserError(f"{where}: {len(missing)} of {len(expected)} masks are missing, first {missing[0]} (--seed, lengths as when exported?)")
+            raise UserError(f"{where}: {len(missing)} of {len(expected)} masks are missing, first {missing[0]} (the flags as when exported?)")
         if extra:
             raise UserError(f"{where}: {len(extra)} masks more than frames, first {extra[0]}; the last frame is {expected[-1]}")
         for name in expected:
@@ -493,7 +494,6 @@ def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, b
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args) -> None:
     args.env = envs.resolve_env_id(args.env)
-    prompt = args.prompt or envs.task_row(args.env).prompt
     envs.check_flags(args, frames=2, test_frames=4, overlay_images=10)
     device, bf16 = envs.set_up_torch(args.device, args.seed, args.torch_deterministic)
     args.distractors = args.distractors or os.environ.get("TALAS_DISTRACTORS")
@@ -504,6 +504,7 @@ def main(args: Args) -> None:
     args.sequence_length = args.sequence_length or (1 if args.segmenter == "sam" and not args.export_frames else 16)
     env = make_env(args.env, "train", args.seed)
     env.reset()
+    prompt = env.row.prompt if args.prompt is None else args.prompt
     if args.sequence_length > env.episode_steps:
         raise UserError(f"--sequence-length {args.sequence_length}: an episode of {args.env} has {env.episode_steps} steps")
     if args.segmenter == "sim":

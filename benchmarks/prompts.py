@@ -51,7 +51,7 @@ def main(args: Args) -> None:
         raise envs.UserError("--prompts: are for --detectors; masks are of what they are of")
     if args.frames < 1 or (args.detectors and not args.box_thresholds):
         raise envs.UserError("nothing to compare on: --frames and --box-thresholds have to be at least one")
-    own, length = envs.task_row(args.env).prompt, 16 if args.masks else 1
+    own, length = envs.make_env(args.env).row.prompt, 16 if args.masks else 1
     common = {"env": args.env, "seed": args.seed, "segment_frames": args.frames, "segment_size": args.size, "sequence_length": length}
     common |= {"sam_type": args.sam_type, "sam_checkpoint": args.sam_checkpoint}
     rows: list[tuple[str, str, np.ndarray, float]] = []  # segmenter, prompt, masks (n, H, W), seconds per frame

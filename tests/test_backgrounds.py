@@ -218,6 +218,26 @@ def test_video_easy_keeps_the_ground(make, tiny):
     assert (clean[floor] != gone[floor]).any(1).mean() > 0.9 and np.array_equal(half[sky], gone[sky])
 
 
+def test_walls_and_hills_are_keyed_too(make, tiny):
+    """What manipulator and stacker have for a sky, and quadruped_escape for a ground."""
+    for name, setting, share in (
+        ("stacker_stack_2", "video_easy", 0.8),
+        ("manipulator_bring_ball", "procedural", 0.9),
+        ("quadruped_escape", "procedural", 0.8),
+    ):
+        env = make(name, setting, distractors=tiny)
+        env.reset()
+        black, mask = (raw_render(env) == 0).all(2), all_four(env, env.row.prompt)
+        assert black.mean() > share and mask.any() and not black[mask].any()
+
+
+def test_a_video_that_nobody_would_see_is_refused(make, tiny, monkeypatch):
+    monkeypatch.setattr(envs.SuiteTask, "key", lambda self, level: None)
+    env = make("walker_walk", "procedural")
+    with pytest.raises(envs.UserError, match="walker_walk: procedural shows the clean scene; draw its sky and ground with textures skybox and grid"):
+        env.reset()
+
+
 def test_a1_keys_sky_and_ground_at_both_levels(make, tiny):
     train, easy, hard = (make("unitree_walk", setting, distractors=tiny) for setting in ("train", "video_easy", "video_hard"))
     for env in (train, easy, hard):

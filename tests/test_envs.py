@@ -96,7 +96,7 @@ def test_one_episode_truncates_and_never_terminates(make):
         assert flags == [(False, False)] * 3 + [(False, True)]
 
 
-@pytest.mark.parametrize("name", list(envs.TASKS))
+@pytest.mark.parametrize("name", [name for name, row in envs.TASKS.items() if row.loader in ("suite", "unitree", "adroit")])
 def test_episode_lengths(name):
     row = envs.task_row(name)
     assert row.steps * row.repeat == (200 if row.loader == "adroit" else 1000)
@@ -435,6 +435,28 @@ def test_get_state_and_show(make, name):
 def test_procedural_is_keyed_as_video_hard(make):
     env = make("walker_walk", "procedural")
     assert not any(env.model.tex(name).data.any() for name in ("skybox", "grid")) and not np.array(env.model.vis.rgba.haze)[:3].any()
+
+
+def test_a_task_without_a_row_names_its_target_if_it_has_one(make):
+    for name, prompt in (("reacher_easy", "the robot and the target"), ("hopper_hop", "the robot")):
+        env = make(name)
+        env.reset()
+        assert env.row.prompt == prompt and 50 < env.segment(prompt).sum() < 3000
+
+
+def test_words_that_name_nothing(make):
+    """A slip in a vocabulary is no phrase that shows nothing."""
+    env = make("cartpole_swingup")
+    env.reset()
+    env.vocabulary = env.vocabulary | {"pole": "poel_*"}
+    with pytest.raises(envs.UserError, match=r"'pole' is in cartpole_swingup's vocabulary, but its model has no 'poel_\*' to be seen"):
+        env.segment("the cart and the pole")
+
+
+def test_motors_have_ranges(monkeypatch):
+    monkeypatch.setitem(envs.SUITE, "lqr_lqr_2_1", ("lqr", "lqr_2_1"))
+    with pytest.raises(envs.UserError, match="lqr_lqr_2_1: a motor without a ctrlrange"):
+        envs.make_env("lqr_lqr_2_1")
 
 
 def test_front_legs_are_in_front(make):

@@ -37,6 +37,8 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--gamma=1.5"], "--gamma 1.5: has to be a number from 0 to 1"),
     (RL, [*NO_MASKER, "--tau=1.5"], "--tau 1.5: has to be a number from 0 to 1"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
+    (PHASE1, ["--env=walker_walk", "--prompt="], "--prompt '' names nothing"),  # as of an empty variable of a shell
+    (PHASE1, ["--env=hopper_hop", "--prompt=the target"], "'target' is not in hopper_hop's vocabulary; it can name: calf, floor, foot"),
     (PHASE1, ["--env=walker_walk", "--distractors=nowhere"], "nowhere: no such folder"),
     (PHASE1, ["--env=walker_walk", "--seed=-1"], "seed -1: has to be a number from 0 to"),
     (PHASE1, ["--env=walker_walk", "--output=/dev/null/maskers"], "Not a directory: '/dev/null/maskers'"),
@@ -45,6 +47,7 @@ MISTAKES = [  # script, arguments, what the one line says
     (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
     (PHASE2, ["--env=walker_walk", "--steps=0"], "steps 0: has to be a number from 1"),
     ("envs", ["--env=walker_walk", "--output=picture"], "picture: not the name of a picture"),
+    ("envs", ["--env=walker_walk", "--prompt="], "--prompt '' names nothing"),
     ("envs", ["--env=lqr_lqr_2_1"], "unknown --env 'lqr_lqr_2_1'"),
 ]
 
