@@ -146,14 +146,14 @@ def test_a_photograph_that_may_not_be_read(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ videos
-def test_a_film_that_cannot_be_written_is_an_oserror_that_says_why(tmp_path):
+@pytest.mark.parametrize(("ffmpeg", "said"), [("/nowhere/ffmpeg", "OSError: by ffmpeg, FileNotFoundError"), (None, "")])
+def test_a_film_that_cannot_be_written_is_an_oserror_that_says_why(tmp_path, ffmpeg, said):
     """In a process of its own: imageio looks for ffmpeg once."""
     code = f"import numpy, envs; envs.write_film(envs.Path({str(tmp_path / 'a.mp4')!r}), [numpy.zeros((16, 16, 3), numpy.uint8)] * 3)"
-    for ffmpeg, said in ("/nowhere/ffmpeg", "OSError: by ffmpeg, FileNotFoundError"), (None, ""):
-        variables = {key: value for key, value in (os.environ | {"IMAGEIO_FFMPEG_EXE": ffmpeg}).items() if value is not None}
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
-        assert (done.returncode == 0) == (ffmpeg is None) == (tmp_path / "a.mp4").is_file(), done.stderr
-        assert not said or said in done.stderr.splitlines()[-1]
+    variables = {key: value for key, value in (os.environ | {"IMAGEIO_FFMPEG_EXE": ffmpeg}).items() if value is not None}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert (done.returncode == 0) == (ffmpeg is None) == (tmp_path / "a.mp4").is_file(), done.stderr
+    assert not said or said in done.stderr.splitlines()[-1]
 
 
 def write_video(path: Path, frames: int = 3, size: tuple[int, int] = (64, 64), **options) -> None:
