@@ -505,8 +505,9 @@ def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
         checkpoint["args"] = args = Args(**checkpoint["args"] | ({"precision": precision} if precision else {}))
         agent = Agent(args, *checkpoint["spaces"], None if args.masker == "none" else Masker().to(memory_format=torch.channels_last), None)
         missing, unexpected = agent.load_state_dict(checkpoint["weights"], strict=False)
-        if unexpected or not all(key.startswith(("critic.", "target_critic.")) for key in missing):  # an agent that was exported has no critics
-            raise ValueError(f"weights of other networks: {(*unexpected, *missing)[0]}")
+        strange = unexpected + [key for key in missing if not key.startswith(("critic.", "target_critic."))]  # an exported agent has no critics
+        if strange:
+            raise ValueError(f"weights of other networks, {strange[0]}")
         return agent, checkpoint
     except Exception as error:  # damaged files fail in many ways
         raise UserError(f"{path}: not a checkpoint of this script ({envs.brief(error)})") from None

@@ -214,6 +214,16 @@ def test_committed_agents_can_be_played():
         assert path.name in (RESULTS.parent / "README.md").read_text()
 
 
+def test_an_agent_of_other_networks_is_named_by_what_does_not_fit(tmp_path):
+    content = envs.load_tensors(next((RESULTS / "agents").glob("*.pt")))
+    weights = {key.replace("masker.stem", "masker.conv0"): value for key, value in content["weights"].items()}
+    envs.save_tensors(tmp_path / "fork.pt", content | {"weights": weights})
+    with pytest.raises(
+        envs.UserError, match=r"fork\.pt: not a checkpoint of this script \(ValueError: weights of other networks, masker\.conv0\.weight\)"
+    ):
+        rl.load_agent(tmp_path / "fork.pt")
+
+
 def test_curves(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/returns.csv").write_text("step,return\n" + "".join(f"{10 * i},{i}\n" for i in range(1, 9)))
