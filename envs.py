@@ -22,7 +22,6 @@ import pickle
 import re
 import signal
 import sys
-import textwrap
 import urllib.error
 import urllib.request
 import warnings
@@ -167,7 +166,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 def brief(error: Exception) -> str:
     """What an error says, in one line that is not too long."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def end_with_parent() -> None:
@@ -262,7 +261,7 @@ def resolve_env_id(env_id: str) -> str:
 
 
 def task_row(env_id: str) -> Task:
-    """The table's row; a suite task that is not in it gets repeat 4 and the vocabulary of its own model."""
+    """The table's row; a suite task that is not in it gets repeat 4 and, from TalasEnv, its own model's vocabulary, and no target if it has none."""
     return TASKS.get(resolve_env_id(env_id)) or Task("suite", 4, 250, 0, "the robot and the target")
 
 
@@ -290,8 +289,9 @@ class Loader:
         backdrop = {"background"} & {self.model.tex(t).name for t in range(self.model.ntex)}  # a wall that manipulator and stacker have for a sky
         for name in ("skybox", *backdrop) if level == "easy" else ("skybox", *backdrop, "grid"):
             self.model.tex(name).data[:] = 0
-        if level == "hard" and self.model.nhfield:  # quadruped_escape's ground
-            self.model.geom_matid[self.model.geom_type == mujoco.mjtGeom.mjGEOM_HFIELD] = self.model.mat("grid").id
+        bare = (self.model.geom_type == mujoco.mjtGeom.mjGEOM_HFIELD) & (self.model.geom_matid == -1)  # quadruped_escape's ground, without a texture
+        if level == "hard" and bare.any():
+            self.model.geom_matid[bare] = self.model.mat("grid").id
         self.model.vis.rgba.haze[:3] = 0
 
     def recolour(self, palette: dict[str, np.ndarray]) -> None:
@@ -583,7 +583,7 @@ class TalasEnv(gym.Env):
         if not (np.diff(self.model.actuator_ctrlrange) > 0).all():
             raise UserError(f"{env_id}: a motor without a ctrlrange, so an action from -1 to 1 tells it nothing; give it one")
         self.vocabulary = self.row.vocabulary or self._names()
-        if "target" not in self.vocabulary and not self.row.vocabulary:
+        if self.env_id not in TASKS and "target" not in self.vocabulary:
             self.row = replace(self.row, prompt="the robot")
         if setting not in ("train", "procedural") and not self.distractors:
             raise UserError(f"{setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
@@ -868,11 +868,11 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     image = random_crops(photos, batch, size).unsqueeze(1).to(frames.dtype)  # (B, 1, 3, H, W)
     if kind == "overlay":
         return torch.lerp(frames, image, alpha).flatten(1, 2)
+    if kind not in ("swap", "mix"):
+        raise ValueError(f"{kind}: no such augmentation")
     keep = mask.to(frames.dtype)  # (B, k, H, W)
     if kind == "swap":
         return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
-    if kind != "mix":
-        raise ValueError(f"{kind}: no such augmentation")
     colour, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
     recolour = colour / area.clamp(min=1) - image.mean((1, 3, 4))
     tint = (torch.rand(batch, 1, device=device) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident

@@ -317,8 +317,8 @@ special_tokens_map.json and vocab.txt (OWLv2: vocab.json and merges.txt) into a 
 
 
 def sequence_names(args: Args) -> list[str]:
-    """Folders of frames and masks, named by the flags that the frames depend on, but their size: masks of other frames do not fit. Where the task
-    itself is changed, in the code, they have to be deleted."""
+    """Folders of frames and masks, named by all flags that the frames depend on, except their size: masks of other frames do not fit. Whoever changes
+    the task itself, in the code, has to delete them."""
     count = -(-args.segment_frames // args.sequence_length)
     return [f"{args.env}_seed{args.seed}_{args.sequence_length}frames_{i:04}" for i in range(count)]
 

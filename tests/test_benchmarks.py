@@ -216,8 +216,12 @@ def test_committed_agents_can_be_played():
 
 def test_an_agent_of_other_networks_is_named_by_what_does_not_fit(tmp_path):
     content = envs.load_tensors(next((RESULTS / "agents").glob("*.pt")))
-    weights = {key.replace("masker.stem", "masker.conv0"): value for key, value in content["weights"].items()}
-    envs.save_tensors(tmp_path / "fork.pt", content | {"weights": weights})
+    renamed = {key.replace("masker.stem", "masker.conv0"): value for key, value in content["weights"].items()}
+    fewer = {key: value for key, value in content["weights"].items() if key != "actor.trunk.0.weight"}
+    envs.save_tensors(tmp_path / "less.pt", content | {"weights": fewer})
+    with pytest.raises(envs.UserError, match=r"less\.pt: not a checkpoint .*weights of other networks, actor\.trunk\.0\.weight\)"):
+        rl.load_agent(tmp_path / "less.pt")
+    envs.save_tensors(tmp_path / "fork.pt", content | {"weights": renamed})
     with pytest.raises(
         envs.UserError, match=r"fork\.pt: not a checkpoint of this script \(ValueError: weights of other networks, masker\.conv0\.weight\)"
     ):

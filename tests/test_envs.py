@@ -453,6 +453,16 @@ def test_words_that_name_nothing(make):
         env.segment("the cart and the pole")
 
 
+def test_a_row_keeps_its_prompt(monkeypatch):
+    monkeypatch.setitem(envs.TASKS, "hopper_hop", envs.Task("suite", 4, 250, 0, "the torso and the foot"))
+    assert envs.make_env("hopper_hop").row.prompt == "the torso and the foot"
+
+
+def test_what_an_error_says_is_one_line():
+    assert envs.brief(ValueError("one\n\ttwo")) == "ValueError: one two"
+    assert envs.brief(OSError("x" * 400)) == "OSError: " + "x" * 291
+
+
 def test_motors_have_ranges(monkeypatch):
     monkeypatch.setitem(envs.SUITE, "lqr_lqr_2_1", ("lqr", "lqr_2_1"))
     with pytest.raises(envs.UserError, match="lqr_lqr_2_1: a motor without a ctrlrange"):
