@@ -169,7 +169,7 @@ def test_tables_and_figures_come_from_the_committed_files(tmp_path):
     figures.main(figures.Args(results=str(results)))
     drawn = {path.name for path in results.glob("*.png")}
     curves = {"cartpole.png", "cartpole_ablations.png", "cartpole_long.png", "cartpole_seed2.png", "hammer.png"}
-    curves |= {"h100.png", "h100_five.png", "layer_norm.png", "one_masker.png", "states.png", "unitree_stand.png", "walker_stand.png"}
+    curves |= {"encoders.png", "h100.png", "h100_five.png", "layer_norm.png", "one_masker.png", "states.png", "unitree_stand.png", "walker_stand.png"}
     assert drawn == curves | {"embeddings.png", "returns.png"}
     for name in drawn:
         old, new = (imageio.imread(folder / name).astype(float) for folder in (RESULTS, results))
