@@ -782,6 +782,38 @@ def mask_iou(pred: np.ndarray, true: np.ndarray, tolerance: int = 0) -> np.ndarr
     return np.where(union == 0, 1.0, shared.sum((1, 2)) / np.maximum(union, 1))
 
 
+@torch.no_grad()
+def predict(masker: torch.nn.Module, frames: np.ndarray, device: torch.device, bf16: bool) -> np.ndarray:
+    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches, in the precision of the training."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits = torch.cat([masker(part.to(device)) for part in torch.from_numpy(frames).split(100)])
+    return logits.float().sigmoid().cpu().numpy()
+
+
+def report(masker: torch.nn.Module, tests: dict[str, np.ndarray], device: torch.device, bf16: bool, sheet: Path) -> dict[str, float]:
+    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well.
+
+    The sheet is a PNG to look at: a row per setting, frames of each kind of state and what the masker keeps of them.
+    """
+    figures, rows, n = {}, [], len(tests["masks"])
+    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
+    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
+    for key, frames in ((key, frames) for key, frames in tests.items() if key != "masks"):
+        pred = predict(masker, frames, device, bf16) > 0.5
+        iou, iou_1px = (float(mask_iou(pred, tests["masks"], tolerance).mean()) for tolerance in (0, 1))
+        print(f"{key:<14}{iou:>8.3f}{iou_1px:>10.3f}")
+        figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
+        rows.append(np.concatenate([np.concatenate([frames[i], frames[i] * pred[i]], axis=2) for i in chosen], axis=2))
+    write_sheet(sheet, rows)
+    return figures
+
+
+def write_sheet(path: Path, rows: list[np.ndarray]) -> None:
+    """A PNG of rows (3, h, w), one below the other, twice as large."""
+    picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
+    write_image(path, cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+
+
 # ------------------------------------------------------------------------------------------ photographs and augmentations
 MAX_PIXELS = PIL.Image.MAX_IMAGE_PIXELS = 50_000_000  # of a photograph or of a video's frame
 PHOTO_SIZE = 128  # photographs are kept a little larger than an observation, so that a random crop still has detail

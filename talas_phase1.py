@@ -22,7 +22,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,8 +153,6 @@ def scatter_joints(env: TalasEnv, kind: Literal["spread", "good"], rng: np.rando
             if env.row.loader == "unitree":
                 data.qpos[q : q + 2] = rng.uniform((-2, -2), (10, 2))  # where an episode gets: at x = 10 m the light is dimmer
             height = q + 2 if height is None else height
-        elif joint == mujoco.mjtJoint.mjJNT_BALL and kind == "spread":
-            data.qpos[q : q + 4] = Rotation.random(rng=rng).as_quat(scalar_first=True)
         elif span or (kind == "spread" and (model.jnt_limited[j] or joint == mujoco.mjtJoint.mjJNT_HINGE)):
             limits = model.jnt_range[j] if model.jnt_limited[j] else (-np.pi, np.pi)
             low, high = np.clip(span or limits, *limits)
@@ -202,7 +200,6 @@ def close_fingers(env: TalasEnv, rng: np.random.Generator) -> None:
         mujoco.mj_step(model, data)
         data.qpos[others], data.qvel[others] = pose, 0
     data.qvel[:] = 0
-    mujoco.mj_forward(model, data)
 
 
 def place(env: TalasEnv, kind: Literal["spread", "good"], rng: np.random.Generator) -> None:
@@ -268,15 +265,15 @@ CLIP = 50  # frames that a process collects in one go, from a seed of their own:
 make_env_once = functools.lru_cache(make_env)
 
 
-def collect_clip(args: Args, prompt: str, settings: tuple[Setting, ...], clip: tuple[int, Kind, int]) -> dict[str, np.ndarray]:
+def collect_clip(args: Args, prompt: str, clip: tuple[tuple[Setting, ...], int, Kind, int]) -> dict[str, np.ndarray]:
     """One clip's frames of n states: {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool, the simulator's}; by setting, how it shows these states;
-    and of sequences, by phrase that the simulator knows, its masks (n, H, W) bool."""
-    index, kind, n = clip
-    rng = np.random.default_rng([args.seed, len(settings) > 0, index])  # without settings, training: the same states as export_sequence's
+    and of sequences "masks/<phrase>", of each that the simulator knows."""
+    settings, index, kind, n = clip
+    rng = np.random.default_rng([args.seed, len(settings) > 0, index])  # without settings, training: the same states as sequence_frames'
     env, *others = (make_env_once(args.env, setting, args.seed, distractors=args.distractors) for setting in ("train", *settings))
     named = {"masks": env.nameable(prompt)}
     if kind == "sequence":
-        named |= {phrase: phrase for phrase in envs.parse_prompt(prompt) if phrase in env.vocabulary}
+        named |= {f"masks/{phrase}": phrase for phrase in envs.parse_prompt(prompt) if phrase in env.vocabulary}
     seen = {key: np.empty((n, 3, env.size, env.size), np.uint8) for key in ("clean", *settings)}
     seen |= {key: np.empty((n, env.size, env.size), bool) for key in named}
     for i, _ in enumerate(visit_states(env, kind, n, rng)):
@@ -290,28 +287,36 @@ def collect_clip(args: Args, prompt: str, settings: tuple[Setting, ...], clip: t
     return seen
 
 
-def in_processes(pool: ProcessPoolExecutor, function: Callable, jobs: list, what: str) -> list:
+def in_processes(function: Callable, jobs: Iterable, what: str) -> list:
     """The function's results for each job, in their order, with a bar. Raises UserError when a process dies or does not come back."""
-    futures = [pool.submit(function, job) for job in jobs]
+    # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
+    pool = ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
     try:
+        futures = [pool.submit(function, job) for job in jobs]
         return [future.result(timeout=900) for future in tqdm(futures, what, unit="clip", mininterval=1 if sys.stderr.isatty() else 15)]
     except (BrokenExecutor, TimeoutError) as error:
         raise UserError(f"{what}: a process died or hangs ({envs.brief(error)}); is there memory enough? Start the same again") from None
+    finally:
+        for process in multiprocessing.active_children():  # whatever they are in the middle of
+            process.kill()
+        pool.shutdown(cancel_futures=True)  # its thread may otherwise meet the interpreter's own end
 
 
-def collect(args: Args, prompt: str, counts: dict[Kind, int], settings: tuple[Setting, ...], pool: ProcessPoolExecutor) -> dict[str, np.ndarray]:
-    """Frames of so many states of each kind, as collect_clip's, collected by a pool of processes. Those that are shown in settings are the tests."""
-    clip = args.sequence_length if "sequence" in counts else CLIP
-    clips = [(kind, min(clip, count - i)) for kind, count in counts.items() for i in range(0, count, clip)]
-    jobs = [(index, *clip) for index, clip in enumerate(clips)]
-    collected = in_processes(pool, functools.partial(collect_clip, args, prompt, settings), jobs, f"collect {'test' if settings else 'clean'} frames")
-    return {key: np.concatenate([clip[key] for clip in collected]) for key in collected[0]}
+def collect(args: Args, prompt: str, *wanted: tuple[dict[Kind, int], tuple[Setting, ...]]) -> list[dict[str, np.ndarray]]:
+    """For each (counts, settings), collect_clip's frames of so many states of each kind. Those that are shown in settings are the tests."""
+    jobs = []
+    for counts, settings in wanted:
+        length = args.sequence_length if "sequence" in counts else CLIP
+        clips = [(kind, min(length, count - i)) for kind, count in counts.items() for i in range(0, count, length)]
+        jobs += [(settings, index, *clip) for index, clip in enumerate(clips)]
+    collected = iter(in_processes(functools.partial(collect_clip, args, prompt), jobs, "collect frames"))
+    parts = [[next(collected) for job in jobs if job[0] == settings] for _, settings in wanted]
+    return [{key: np.concatenate([clip[key] for clip in part]) for key in part[0]} for part in parts]
 
 
 # ------------------------------------------------------------------------------------------------------------ the segmenters sam and masks
 MOST_BOXES = 10  # of a phrase in a frame, the surest: a mask each, and hundreds of a hesitant detector's would fill the memory
 SAM_WEIGHTS = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
-HUB, SAM_URL = "https://huggingface.co", "https://dl.fbaipublicfiles.com/segment_anything/"
 DETECTOR_FILES = """without a network, put its config.json, model.safetensors, preprocessor_config.json, tokenizer.json, tokenizer_config.json, \
 special_tokens_map.json and vocab.txt (OWLv2: vocab.json and merges.txt) into a folder, and give that as --detector"""
 
@@ -323,27 +328,19 @@ def sequence_names(args: Args) -> list[str]:
     return [f"{args.env}_seed{args.seed}_{args.sequence_length}frames_{i:04}" for i in range(count)]
 
 
-def lacking(args: Args, *folders: Path) -> list[int]:
-    """The numbers of the sequences that are not whole in each of these folders."""
-    sequences = [[folder / name for folder in folders] for name in sequence_names(args)]
-    return [i for i, paths in enumerate(sequences) if any(len(list(path.glob("[0-9]*.png"))) < args.sequence_length for path in paths)]
+def sequence_frames(args: Args, index: int) -> Iterator[np.ndarray]:
+    """One sequence's frames, (H, W, 3) uint8: the states that collect_clip sees, larger."""
+    env = make_env_once(args.env, "train", args.seed, image_size=args.segment_size)
+    for _ in visit_states(env, "sequence", args.sequence_length, np.random.default_rng([args.seed, 0, index])):
+        yield env.render()
 
 
-def export_sequence(args: Args, folder: Path, index: int) -> None:
-    """One sequence's frames, <sequence>/<number>.png: the states that collect_clip sees, larger."""
-    env, sequence = make_env_once(args.env, "train", args.seed, image_size=args.segment_size), folder / sequence_names(args)[index]
-    sequence.mkdir(exist_ok=True)
-    for i, _ in enumerate(visit_states(env, "sequence", args.sequence_length, np.random.default_rng([args.seed, 0, index]))):
-        envs.write_image(sequence / f"{i:05}.png", env.render()[..., ::-1])
-
-
-def export_frames(args: Args, folder: Path, pool: ProcessPoolExecutor) -> None:
-    """All sequences' frames that are not there yet. Raises UserError if those that are there have another size."""
+def export_sequence(args: Args, index: int) -> None:
+    """Write one sequence's frames for another tool, <sequence>/<number>.png, in the place of any that are there."""
+    folder = Path(args.export_frames) / sequence_names(args)[index]
     folder.mkdir(parents=True, exist_ok=True)
-    there = next(folder.glob(f"{sequence_names(args)[0]}/[0-9]*.png"), None)
-    if there and (frame := envs.decode_image(there, cv2.IMREAD_COLOR)) is not None and len(frame) != args.segment_size:
-        raise UserError(f"{there}: has {len(frame)} pixels, not --segment-size {args.segment_size}; delete {folder}, or name another")
-    in_processes(pool, functools.partial(export_sequence, args, folder), lacking(args, folder), f"render {args.segment_size}² frames")
+    for i, frame in enumerate(sequence_frames(args, index)):
+        envs.write_image(folder / f"{i:05}.png", frame[..., ::-1])
 
 
 def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
@@ -351,13 +348,10 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
     expected, masks, peak = [f"{i:05}.png" for i in range(args.sequence_length)], [], 0
     for sequence in sequence_names(args):
         where, there = f"{folder}/{sequence}", {path.name for path in (folder / sequence).glob("[!.]*.png")}
-        missing, extra = sorted(set(expected) - there), sorted(there - set(expected))
-        if missing and len(missing) == len(extra):
-            raise UserError(f"{where}: misnumbered, {extra[0]} to {extra[-1]} have no frame; frames are {expected[0]} to {expected[-1]}")
-        if missing:
-            raise UserError(f"{where}: {len(missing)} of {len(expected)} masks are missing, first {missing[0]} (the flags as when exported?)")
-        if extra:
-            raise UserError(f"{where}: {len(extra)} masks more than frames, first {extra[0]}; the last frame is {expected[-1]}")
+        if odd := sorted(there ^ set(expected)):
+            what = "missing" if len(there) < len(expected) else "too many" if len(there) > len(expected) else "misnumbered"
+            fit = f"{len(there)} for the frames {expected[0]} to {expected[-1]}, first misfit {odd[0]} (the flags as when exported?)"
+            raise UserError(f"{where}: masks are {what}: {fit}")
         for name in expected:
             if (mask := envs.decode_image(folder / sequence / name, cv2.IMREAD_GRAYSCALE)) is None:
                 raise UserError(f"{where}/{name}: cannot be decoded as an image")
@@ -367,27 +361,26 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
             # An eighth comes nearest to TalasEnv.segment's four points: IoU 0.96 (cup) to 0.99; a half has 0.64 to 0.90, and hardly a string.
             masks.append(cv2.resize(np.float32(mask > 127), (size, size), interpolation=down) >= 1 / 8)
     if not np.any(masks):
-        hint = "try other words or a lower --box-threshold" if args.segmenter == "sam" else "255 is what the prompt names"
-        raise UserError(f"{folder}: all {len(masks)} masks are empty (their largest value is {peak}; {hint})")
+        hint = "try other words or a lower --box-threshold; in another tool's masks 255 is what the prompt names"
+        raise UserError(f"{folder}: all {len(masks)} masks are empty (their largest value is {peak}): {hint}")
     return np.stack(masks)
 
 
 def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str]], np.ndarray]:
-    """A function of (N, H, W, 3) uint8 frames and P phrases that returns (P, N, H, W) bool masks: boxes by the detector, masks of them by SAM."""
+    """A function of an (H, W, 3) uint8 frame and P phrases that returns (P, H, W) bool masks: boxes by the detector, masks of them by SAM."""
     try:
         from segment_anything import SamPredictor, sam_model_registry
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
     except (ImportError, RuntimeError) as error:  # RuntimeError: torch and torchvision of different builds
         raise UserError(f"--segmenter sam: {envs.brief(error)}; pip install -r requirements.txt transformers==5.24.0, all from one index") from None
-    weights = Path(args.sam_checkpoint or "")
-    if not weights.is_file():
-        raise UserError(f"--sam-checkpoint {weights}: no such file; {args.sam_type}'s weights are at {SAM_URL}{SAM_WEIGHTS[args.sam_type]}")
     try:
+        weights = envs.load_plain(Path(str(args.sam_checkpoint)))
         sam = sam_model_registry[args.sam_type]()
-        sam.load_state_dict(envs.load_plain(weights))
-    except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"--sam-checkpoint {weights}: not the weights of {args.sam_type} ({envs.brief(error)})") from None
-    there = {"local_files_only": Path(args.detector).is_dir() or not envs.online(os.environ.get("HF_ENDPOINT", HUB))}
+        sam.load_state_dict(weights)
+    except Exception as error:  # no file, or a damaged one, which fails in many ways
+        why = f"cannot be loaded as the weights of {args.sam_type}, which are at https://dl.fbaipublicfiles.com/segment_anything/{SAM_WEIGHTS[args.sam_type]}"
+        raise UserError(f"--sam-checkpoint {args.sam_checkpoint}: {why} ({envs.brief(error)})") from None
+    there = {"local_files_only": Path(args.detector).is_dir() or not envs.online(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))}
     try:
         processor = AutoProcessor.from_pretrained(args.detector, **there)
         detector = AutoModelForZeroShotObjectDetection.from_pretrained(args.detector, use_safetensors=True, **there).to(device).eval()
@@ -396,54 +389,48 @@ def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str
     predictor = SamPredictor(sam.to(device).eval())
 
     @torch.no_grad()
-    def segment(frames: np.ndarray, phrases: list[str]) -> np.ndarray:
-        frames, masks, found = np.ascontiguousarray(frames), np.zeros((len(phrases), *frames.shape[:3]), bool), []
-        for phrase in phrases:  # one at a time: of several in one sentence, Grounding DINO does not always say which it has found
-            inputs = processor(images=list(frames), text=[[phrase]] * len(frames), return_tensors="pt").to(device)
-            sizes = [frames.shape[1:3]] * len(frames)  # boxes (K, 4) come in pixels: left, top, right, bottom
-            detected = processor.post_process_grounded_object_detection(detector(**inputs), threshold=args.box_threshold, target_sizes=sizes)
-            found.append([one["boxes"][one["scores"].argsort(descending=True)[:MOST_BOXES]] for one in detected])
-        for i, frame in enumerate(frames):
-            boxes = [of_phrase[i] for of_phrase in found]
-            if sum(map(len, boxes)):
-                predictor.set_image(frame)  # what takes the time: once a frame, whatever the phrases
-                scaled = predictor.transform.apply_boxes_torch(torch.cat(boxes), frame.shape[:2])
-                drawn, quality, _ = predictor.predict_torch(None, None, scaled, multimask_output=False)  # (K, 1, H, W) bool, (K, 1)
-                drawn = drawn[:, 0] & (quality >= args.iou_threshold)[..., None]
-                masks[:, i] = [part.any(0).cpu().numpy() for part in drawn.split([len(part) for part in boxes])]
-        return masks
+    def segment(frame: np.ndarray, phrases: list[str]) -> np.ndarray:
+        texts = [[phrase] for phrase in phrases]  # of several in one sentence, Grounding DINO does not always say which it has found
+        sizes = [frame.shape[:2]] * len(phrases)  # boxes (K, 4) come in pixels: left, top, right, bottom
+        inputs = processor(images=[frame] * len(phrases), text=texts, padding="longest", return_tensors="pt").to(device)
+        detected = processor.post_process_grounded_object_detection(detector(**inputs), threshold=args.box_threshold, target_sizes=sizes)
+        boxes = [one["boxes"][one["scores"].argsort(descending=True)[:MOST_BOXES]] for one in detected]
+        if not any(map(len, boxes)):
+            return np.zeros((len(phrases), *frame.shape[:2]), bool)
+        predictor.set_image(frame)  # what takes the time: once a frame, whatever the phrases
+        scaled = predictor.transform.apply_boxes_torch(torch.cat(boxes), frame.shape[:2])
+        drawn, quality, _ = predictor.predict_torch(None, None, scaled, multimask_output=False)  # (K, 1, H, W) bool, (K, 1)
+        drawn = drawn[:, 0] & (quality >= args.iou_threshold)[..., None]
+        return np.stack([part.any(0).cpu().numpy() for part in drawn.split([len(part) for part in boxes])])
 
     return segment
 
 
-def run_sam(args: Args, phrases: list[str], device: torch.device, pool: ProcessPoolExecutor) -> list[Path]:
+def run_sam(args: Args, phrases: list[str], device: torch.device) -> list[Path]:
     """Write what is not there yet of a folder of masks per phrase, named by phrase, models and thresholds; returns the folders."""
     names, cache = sequence_names(args), Path(f"runs/segmented/{args.env}")
-    detector, weights = Path(args.detector), Path(args.sam_checkpoint or "")
-    which = zlib.crc32(f"{detector.resolve() if detector.is_dir() else detector} {weights.resolve()}".encode())  # others may have these names as well
-    models = f"{detector.name}__{weights.stem}__{args.box_threshold}__{args.iou_threshold}__{args.segment_size}__{which:08x}"
-    folders = [cache / (re.sub(r"[^\w-]+", "_", phrase) + f"__{models}") for phrase in phrases]
-    frames = cache / f"frames__{args.segment_size}"
-    if wanted := lacking(args, *folders):
-        segment = load_sam(args, device)  # before the rendering: what is wrong with the weights shows at once
-        export_frames(args, frames, pool)
+    which = zlib.crc32(f"{args.detector} {args.sam_checkpoint}".encode())  # others, in other folders, may have these names as well
+    models = f"{Path(args.detector).name}__{Path(str(args.sam_checkpoint)).stem}__{args.box_threshold}__{args.iou_threshold}__{args.segment_size}"
+    folders = [cache / (re.sub(r"[^\w-]+", "_", phrase) + f"__{models}__{which:08x}") for phrase in phrases]
+    wanted = [i for i, name in enumerate(names) if any(len([*(folder / name).glob("[0-9]*.png")]) < args.sequence_length for folder in folders)]
+    segment = load_sam(args, device) if wanted else None
     for i in tqdm(wanted, "segment", unit="sequence", mininterval=1 if sys.stderr.isatty() else 15):
-        paths = [frames / names[i] / f"{number:05}.png" for number in range(args.sequence_length)]
-        for folder, masks in zip(folders, segment(np.stack([cv2.imread(str(path))[..., ::-1] for path in paths]), phrases), strict=True):
-            (folder / names[i]).mkdir(parents=True, exist_ok=True)
-            for path, mask in zip(paths, masks, strict=True):
-                envs.write_image(folder / names[i] / path.name, np.uint8(mask) * 255)
+        for number, frame in enumerate(sequence_frames(args, i)):
+            for folder, mask in zip(folders, segment(frame, phrases), strict=True):
+                (folder / names[i]).mkdir(parents=True, exist_ok=True)
+                envs.write_image(folder / names[i] / f"{number:05}.png", np.uint8(mask) * 255)
     return folders
 
 
-def masks_by_phrase(args: Args, prompt: str, device: torch.device, pool: ProcessPoolExecutor, size: int) -> dict[str, np.ndarray]:
-    """The masks m* of sam or of another tool, (n, size, size) bool, by what their folders are named by: a phrase of the prompt."""
-    folders = [Path(folder) for folder in args.masks] or run_sam(args, envs.parse_prompt(prompt), device, pool)
+def masks_by_phrase(args: Args, prompt: str, device: torch.device, size: int) -> dict[str, np.ndarray]:
+    """The masks m* of sam or of another tool, (n, size, size) bool: "together", and by what their folders are named by, a phrase of the prompt."""
+    folders = [Path(folder) for folder in args.masks] or run_sam(args, envs.parse_prompt(prompt), device)
     parts: dict[str, np.ndarray] = {}
     for folder in folders:  # of one name, as by two tools: united
         name = re.sub("^(the|an?) ", "", folder.absolute().name.split("__")[0].replace("_", " ").lower())  # the_hand, or hand__dino__...: hand
         parts[name] = parts.get(name, False) | read_masks(args, folder, size)
-    found = np.any(list(parts.values()), axis=0).any((1, 2))
+    parts["together"] = np.any(list(parts.values()), axis=0)
+    found = parts["together"].any((1, 2))
     if found.mean() < 0.5:
         where = f"in {len(found) - found.sum()} of {len(found)} frames, see {', '.join(map(str, folders))}"
         raise UserError(f"--prompt {prompt!r}: nothing was found {where}; try other words, or a lower --box-threshold, or other --masks")
@@ -452,42 +439,18 @@ def masks_by_phrase(args: Args, prompt: str, device: torch.device, pool: Process
 
 # ------------------------------------------------------------------------------------------------------------ the report
 def report_segmenter(parts: dict[str, np.ndarray], training: dict[str, np.ndarray], sheet: Path) -> dict[str, float]:
-    """IoU with the simulator's masks, by part (a phrase's masks) and together, printed and as figures; and a picture of the ten worst frames: frame,
-    what the segmenter keeps, what the simulator does. `training` is collect's."""
-    union = np.any(list(parts.values()), axis=0)
-    of_phrase = training | {"clean": None, "masks": None}  # which a folder may be called as well
-    figures, rows = {}, [(name, masks, of_phrase.get(name)) for name, masks in parts.items()] + [("together", union, training["masks"])]
+    """IoU of masks_by_phrase's parts with the simulator's masks, collect's, printed and as figures; and a picture of the ten worst frames: frame,
+    what the segmenter keeps, what the simulator does."""
+    figures, union = {}, parts["together"]
     print(f"\n{'segmented':<24}{'found':>7}{'IoU with the simulator':>24}")
-    for name, masks, true in rows:
+    for name, masks in parts.items():
+        true = training.get("masks" if name == "together" else f"masks/{name}")  # none: not in the prompt, or not in the simulator's vocabulary
         found, iou = float(masks.any((1, 2)).mean()), None if true is None else float(mask_iou(masks, true).mean())
-        print(f"{name:<24}{found:>7.0%}{'–' if iou is None else f'{iou:.3f}':>24}")  # –: not in the prompt, or not in the simulator's vocabulary
+        print(f"{name:<24}{found:>7.0%}{'–' if iou is None else f'{iou:.3f}':>24}")
         figures |= {f"segmenter/found/{name}": found} | ({} if iou is None else {f"segmenter/iou/{name}": iou})
     worst = np.argsort(mask_iou(union, training["masks"]))[:10]
     frames = training["clean"][worst]
-    write_sheet(sheet, [np.concatenate(frames * keep, 2) for keep in (1, union[worst, None], training["masks"][worst, None])])
-    return figures
-
-
-def write_sheet(path: Path, rows: list[np.ndarray]) -> None:
-    """A PNG of rows (3, h, w), one below the other, twice as large."""
-    picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    envs.write_image(path, cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
-
-
-def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, bf16: bool, sheet: Path) -> dict[str, float]:
-    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well."""
-    figures, rows, n = {}, [], len(tests["masks"])
-    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})  # for the sheet, some of each kind of state
-    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
-    for key, frames in ((key, frames) for key, frames in tests.items() if key != "masks"):
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = torch.cat([masker(part.to(device)) for part in torch.from_numpy(frames).split(100)])
-        pred = (logits > 0).cpu().numpy()  # ψ > 0.5
-        iou, iou_1px = (float(mask_iou(pred, tests["masks"], tolerance).mean()) for tolerance in (0, 1))
-        print(f"{key:<14}{iou:>8.3f}{iou_1px:>10.3f}")
-        figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
-        rows.append(np.concatenate([np.concatenate([frames[i], frames[i] * pred[i]], axis=2) for i in chosen], axis=2))
-    write_sheet(sheet, rows)
+    envs.write_sheet(sheet, [np.concatenate(frames * keep, 2) for keep in (1, union[worst, None], training["masks"][worst, None])])
     return figures
 
 
@@ -512,21 +475,13 @@ def main(args: Args) -> None:
     elif (yardstick := env.nameable(prompt)) != prompt:
         print(f"the simulator cannot name all of {prompt!r}: IoU, but for single phrases, is with its masks of {yardstick!r}", flush=True)
     env.close()
-    # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
-    pool = ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
-    try:
-        if args.export_frames:
-            export_frames(args, Path(args.export_frames), pool)
-            return print(f"written: {len(sequence_names(args))} sequences of {args.sequence_length} frames in {args.export_frames}/")
-        parts = {} if args.segmenter == "sim" else masks_by_phrase(args, prompt, device, pool, env.size)
-        train(args, prompt, parts, device, bf16, pool)
-    finally:
-        for process in multiprocessing.active_children():  # whatever they are in the middle of
-            process.kill()
-        pool.shutdown(cancel_futures=True)  # its thread may otherwise meet the interpreter's own end
+    if args.export_frames:
+        in_processes(functools.partial(export_sequence, args), range(len(sequence_names(args))), f"render {args.segment_size}² frames")
+        return print(f"written: {len(sequence_names(args))} sequences of {args.sequence_length} frames in {args.export_frames}/")
+    train(args, prompt, {} if args.segmenter == "sim" else masks_by_phrase(args, prompt, device, env.size), device, bf16)
 
 
-def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.device, bf16: bool, pool: ProcessPoolExecutor) -> None:
+def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.device, bf16: bool) -> None:
     """Collect frames, train the teacher on the segmenter's masks of them (parts; if none, the simulator's), report, and write it all."""
     torch.manual_seed(args.seed)  # anew: the segmenters' models, if they were built and not only their masks read, have drawn from it
     started, output = time.time(), Path(args.output or f"runs/maskers/{args.env}")
@@ -538,18 +493,17 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
     writer = SummaryWriter(run)
 
     # ---- the frames, and the segmenter's masks m* of them
-    n = len(next(iter(parts.values()))) if parts else args.frames or envs.task_row(args.env).mask_frames
+    n = len(parts["together"]) if parts else args.frames or envs.task_row(args.env).mask_frames
     t = args.test_frames
     print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
     settings = ("procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir()))
     # The tests first: what is wrong with the media shows at once. Their masks are the simulator's, the yardstick.
-    tests = collect(args, prompt, {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, settings, pool)
-    training = collect(args, prompt, {"sequence": n} if parts else {"spread": n // 2, "random": n - n // 2}, (), pool)
-    overlay = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
-    tests = {"clean": tests.pop("clean"), "overlay": overlay, **tests}
+    wanted = {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, settings
+    tests, training = collect(args, prompt, wanted, ({"sequence": n} if parts else {"spread": n // 2, "random": n - n // 2}, ()))
+    tests["overlay"] = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
     frames, masks, figures = training["clean"], training["masks"], {}  # the simulator's, unless there are others
     if parts:
-        figures, masks = report_segmenter(parts, training, run / "worst_masks.png"), np.any(list(parts.values()), axis=0)
+        figures, masks = report_segmenter(parts, training, run / "worst_masks.png"), parts["together"]
         found = masks.any((1, 2))
         print(f"left out rather than taught as empty: {n - found.sum()} of {n} frames, in which nothing was found")
         frames, masks, n = frames[found], masks[found], int(found.sum())
@@ -587,17 +541,15 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
             bar.set_postfix(bce=f"{bce.item():.4f}", refresh=False)
 
     # ---- what came of it
-    figures |= report(masker, tests, device, bf16, run / "masks.png")
+    figures |= envs.report(masker, tests, device, bf16, run / "masks.png")
     for key, value in figures.items():
         writer.add_scalar(key, value, args.steps)
     writer.close()
-    figures |= {"frames": n, "test_frames": args.test_frames, "train/updates": args.steps, "mask_pixels": float(masks.sum((1, 2)).mean())}
-    figures |= {"seconds": round(time.time() - started, 1)}
+    figures |= {"frames": n, "mask_pixels": float(masks.sum((1, 2)).mean()), "train/updates": args.steps, "seconds": round(time.time() - started, 1)}
     envs.write_json(run / "metrics.json", figures)
     about = {"kind": "teacher", "env_id": args.env, "image_size": frames.shape[-1], "prompt": prompt, "segmenter": args.segmenter}
     envs.save_tensors(output / "teacher.pt", about | {"state_dict": masker.cpu().state_dict()})
-    pictures = f"{run}/masks.png" + (f", {run}/worst_masks.png" if parts else "")
-    print(f"\nwritten: {output}/teacher.pt, {output}/frames.npz, {run}/metrics.json, {pictures} (look at it)")
+    print(f"\nwritten: {output}/teacher.pt, {output}/frames.npz, {run}/metrics.json, {run}/*masks.png (look at them)")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn as nn
@@ -27,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs
-from envs import Augmentation, UserError, augment, mask_iou
+from envs import Augmentation, UserError, augment
 
 
 @dataclass
@@ -107,34 +106,6 @@ def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:
     return teacher.requires_grad_(False).eval(), checkpoint
 
 
-# ------------------------------------------------------------------------------------------------------------ the report
-@torch.no_grad()
-def predict(masker: Masker, frames: np.ndarray, device: torch.device, bf16: bool) -> np.ndarray:
-    """(N, 3, H, W) uint8 -> (N, H, W) float32 probabilities, in batches, in the precision of the training."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        logits = torch.cat([masker(part.to(device)) for part in torch.from_numpy(frames).split(100)])
-    return logits.float().sigmoid().cpu().numpy()
-
-
-def report(masker: Masker, tests: dict[str, np.ndarray], device: torch.device, bf16: bool, sheet: Path) -> dict[str, float]:
-    """{"iou/clean": mean IoU over the test frames at threshold 0.5, "iou_1px/clean": the same with one pixel of tolerance, ...}, printed as well.
-
-    The sheet is a PNG to look at: a row per setting, frames of each kind of state and what the masker keeps of them.
-    """
-    figures, rows, n = {}, [], len(tests["masks"])
-    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
-    print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
-    for key, frames in ((key, frames) for key, frames in tests.items() if key != "masks"):
-        pred = predict(masker, frames, device, bf16) > 0.5
-        iou, iou_1px = (float(mask_iou(pred, tests["masks"], tolerance).mean()) for tolerance in (0, 1))
-        print(f"{key:<14}{iou:>8.3f}{iou_1px:>10.3f}")
-        figures |= {f"iou/{key}": iou, f"iou_1px/{key}": iou_1px}
-        rows.append(np.concatenate([np.concatenate([frames[i], frames[i] * pred[i]], axis=2) for i in chosen], axis=2))
-    picture = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    envs.write_image(sheet, cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
-    return figures
-
-
 # ------------------------------------------------------------------------------------------------------------ main
 def main(args: Args) -> None:
     started = time.time()
@@ -162,7 +133,7 @@ def main(args: Args) -> None:
     print(f"Phase II on {args.env}: {len(frames):,} frames, augmentation {args.augmentation}", flush=True)
     teacher.to(device, memory_format=torch.channels_last)
     # ψ_T(o) once for every clean frame: neither the frames nor the frozen teacher change. Bytes, so that 5,000 masks are 35 MB.
-    masks_t = torch.from_numpy((predict(teacher, frames, device, bf16) * 255).round().astype(np.uint8)).unsqueeze(1)  # (N, 1, H, W)
+    masks_t = torch.from_numpy((envs.predict(teacher, frames, device, bf16) * 255).round().astype(np.uint8)).unsqueeze(1)  # (N, 1, H, W)
     frames_t = torch.from_numpy(frames)  # (N, 3, H, W) uint8
     student = Masker()
     student.load_state_dict(checkpoint["state_dict"])
@@ -199,9 +170,9 @@ def main(args: Args) -> None:
 
     # ---- what came of it
     print("\nthe teacher", end="")
-    figures = {f"teacher_{key}": value for key, value in report(teacher, tests, device, bf16, run / "teacher_masks.png").items()}
+    figures = {f"teacher_{key}": value for key, value in envs.report(teacher, tests, device, bf16, run / "teacher_masks.png").items()}
     print("\nthe student", end="")
-    figures |= report(student, tests, device, bf16, run / "masks.png")
+    figures |= envs.report(student, tests, device, bf16, run / "masks.png")
     if figures["iou/clean"] < 0.95 * figures["teacher_iou/clean"]:
         print("warning: clean frames too are worse than its teacher's, so its training went wrong: try a lower --learning-rate, or another --seed")
     for key, value in figures.items():

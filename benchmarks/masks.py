@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import cv2
 import numpy as np
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.evaluate import machine, replace_rows
-from envs import Augmentation, UserError, cpu_has_bf16, resolve_env_id, write_image
-from talas_phase2 import load_teacher, predict
+from envs import Augmentation, UserError, cpu_has_bf16, predict, resolve_env_id, write_sheet
+from talas_phase2 import load_teacher
 
 
 @dataclass
@@ -78,8 +77,7 @@ def main(args: Args) -> None:
                 row = {"env": env_id, "phase": phase, "augmentation": arguments.get("augmentation", ""), "seed": arguments["seed"]}
                 figures.append(row | {"figure": key, "value": f"{metrics[key]:.4f}"} | common)
         replace_rows(Path(f"{args.output}.csv"), "env", figures)
-    sheet = np.concatenate(rows, axis=1).transpose(1, 2, 0)[..., ::-1]
-    write_image(Path(f"{args.output}.png"), cv2.resize(sheet, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+    write_sheet(Path(f"{args.output}.png"), rows)
     print(f"written: {args.output}.png, {args.output}.csv")
 
 

@@ -8,10 +8,8 @@ Other tools' masks of frames that `talas_phase1.py --export-frames` wrote can st
 """
 
 import csv
-import multiprocessing
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,31 +53,22 @@ def main(args: Args) -> None:
     common = {"env": args.env, "seed": args.seed, "segment_frames": args.frames, "segment_size": args.size, "sequence_length": length}
     common |= {"sam_type": args.sam_type, "sam_checkpoint": args.sam_checkpoint}
     rows: list[tuple[str, str, np.ndarray, float]] = []  # segmenter, prompt, masks (n, H, W), seconds per frame
-    pool = ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
-    try:
-        first = phase1.Args(**common)
-        names = phase1.sequence_names(first)
-        seen = phase1.collect(first, own, {"sequence": len(names) * length}, (), pool)
-        size = seen["masks"].shape[-1]
-        for folder in args.masks:
-            rows.append(("masks", folder, phase1.read_masks(first, Path(folder), size), float("nan")))
-        large = Path(f"runs/segmented/{args.env}/frames__{args.size}")
-        if args.detectors:
-            phase1.export_frames(first, large, pool)
-    finally:
-        for process in multiprocessing.active_children():  # whatever they are in the middle of
-            process.kill()
-        pool.shutdown(cancel_futures=True)
-    paths = [large / name / f"{i:05}.png" for name in names for i in range(length)]
+    first = phase1.Args(**common)
+    names = phase1.sequence_names(first)
+    (seen,) = phase1.collect(first, own, ({"sequence": len(names) * length}, ()))
+    size = seen["masks"].shape[-1]
+    for folder in args.masks:
+        rows.append(("masks", folder, phase1.read_masks(first, Path(folder), size), float("nan")))
+    large = [frame for i in range(len(names)) for frame in phase1.sequence_frames(first, i)] if args.detectors else []
     for detector in args.detectors:
         for threshold in args.box_thresholds:
             segment = phase1.load_sam(phase1.Args(**common, detector=detector, box_threshold=threshold), device)
             for prompt in args.prompts or (own,):
                 began, masks = time.perf_counter(), []
-                for path in paths:
-                    found = segment(cv2.imread(str(path))[None, ..., ::-1], envs.parse_prompt(prompt)).any((0, 1))
+                for frame in large:
+                    found = segment(frame, envs.parse_prompt(prompt)).any(0)
                     masks.append(cv2.resize(np.float32(found), (size, size), interpolation=cv2.INTER_AREA) > 0.5)
-                seconds = (time.perf_counter() - began) / len(paths)
+                seconds = (time.perf_counter() - began) / len(large)
                 rows.append((f"{Path(detector).name} at {threshold}, {args.sam_type}", prompt, np.stack(masks), seconds))
 
     chosen = np.linspace(0, len(seen["masks"]) - 1, 8).astype(int)
@@ -96,7 +85,7 @@ def main(args: Args) -> None:
             writer.writerow([args.env, segmenter, prompt, *figures, len(masks), device])
             print(f"{iou:>6.3f}{iou_1px:>7.3f}{found:>7.0%}{seconds:>9.2f}  {segmenter}: {prompt}")
             sheet.append(frames * masks[chosen, None])
-    phase1.write_sheet(Path(f"{args.output}.png"), [np.concatenate(row, 2) for row in sheet])
+    envs.write_sheet(Path(f"{args.output}.png"), [np.concatenate(row, 2) for row in sheet])
     print(f"written: {args.output}.csv, {args.output}.png (rows: frames, the simulator's masks, then as above)")
 
 

@@ -25,8 +25,7 @@ class Red(nn.Module):
         return (frames[:, 0].float() - 127.5) / 10
 
 
-@pytest.mark.parametrize("phase", [phase1, phase2])
-def test_report(tmp_path, phase):
+def test_report(tmp_path):
     """IoU by hand: a square of ten pixels, once a column off, once not there in one frame of four; and the sheet shows what is kept."""
     masks, clean, hidden = np.zeros((4, 84, 84), bool), np.zeros((4, 3, 84, 84), np.uint8), np.zeros((4, 3, 84, 84), np.uint8)
     masks[:, 20:30, 20:30] = True
@@ -34,7 +33,7 @@ def test_report(tmp_path, phase):
     clean[:, 0, 50:60, 50:60] = 120  # 0.32
     clean[:, 2] = 100
     hidden[:3] = clean[:3]
-    figures = phase.report(Red(), {"clean": clean, "hidden": hidden, "masks": masks}, torch.device("cpu"), False, tmp_path / "sheet.png")
+    figures = envs.report(Red(), {"clean": clean, "hidden": hidden, "masks": masks}, torch.device("cpu"), False, tmp_path / "sheet.png")
     expected = {"iou/clean": 90 / 110, "iou_1px/clean": 1, "iou/hidden": 0.75 * 90 / 110, "iou_1px/hidden": 0.75}
     assert figures == pytest.approx(expected)
     sheet = cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1]  # two rows, of each frame itself and what is kept, at twice the size
@@ -63,10 +62,10 @@ def test_both_phases_learn(tmp_path, monkeypatch, capsys):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given: (asked.append(given[argument]), original(*given))[1])
 
-    spy(phase1, "collect", 2)
+    spy(phase1, "collect", slice(2, 4))
     spy(envs, "load_photographs", 3)
     phase1.main(phase1.Args(env="walker_walk", frames=120, test_frames=40, steps=150, batch_size=16, overlay_images=50))
-    assert asked == ["test", {"spread": 20, "random": 10, "good": 10}, {"spread": 60, "random": 60}]
+    assert asked == ["test", (({"spread": 20, "random": 10, "good": 10}, ("procedural",)), ({"spread": 60, "random": 60}, ()))]
     folder = tmp_path / "runs/maskers/walker_walk"
     with np.load(folder / "frames.npz") as archive:
         frames = dict(archive)
@@ -86,7 +85,7 @@ def test_both_phases_learn(tmp_path, monkeypatch, capsys):
     with pytest.raises(envs.UserError, match=r"step \d+: the loss is (nan|inf); give a lower --learning-rate"):
         phase2.main(phase2.Args(env="walker_walk", steps=4, batch_size=4, learning_rate=1e9, overlay_images=50))
     phase2.main(phase2.Args(env="walker_walk", steps=150, batch_size=16, overlay_images=50))
-    assert asked[3:] == ["train"] * 4 and (folder / "teacher.pt").read_bytes() == teacher
+    assert asked[2:] == ["train"] * 4 and (folder / "teacher.pt").read_bytes() == teacher
     for setting, gain in (("overlay", 0.25), ("procedural", 0.3)):
         before, after = (iou(folder / f"{kind}.pt", frames[f"test_{setting}"], masks) for kind in ("teacher", "student"))
         assert after > before + gain, setting
@@ -125,11 +124,11 @@ def test_what_the_student_is_taught(tmp_path, monkeypatch, kind):
 
 
 def random_frames(monkeypatch, n: int = 8) -> dict[str, np.ndarray]:
-    """What collect returns from now on."""
+    """What collect returns from now on, twice: tests and training."""
     monkeypatch.delenv("TALAS_OVERLAY", raising=False)
     rng = np.random.default_rng(1)
     seen = {"clean": rng.integers(256, size=(n, 3, 84, 84), dtype=np.uint8), "masks": rng.random((n, 84, 84)) < 0.5}
-    monkeypatch.setattr(phase1, "collect", lambda *_: dict(seen))
+    monkeypatch.setattr(phase1, "collect", lambda *_: (dict(seen), dict(seen)))
     return seen
 
 
@@ -160,7 +159,7 @@ def test_how_fast_the_phases_learn(tmp_path, monkeypatch, phase, steps, default,
     frames, masks = random_frames(monkeypatch).values()
     if phase is phase1:
         args = phase1.Args(env="walker_walk", frames=8, steps=steps, batch_size=4, overlay_images=10, reconstruction_coef=100)
-        phase1.train(args, "the walker", {}, torch.device("cpu"), False, None)
+        phase1.train(args, "the walker", {}, torch.device("cpu"), False)
     else:
         state = phase2.Masker().state_dict()
         state["head.weight"] *= 300  # sure of everything, and of something else where a photograph lies
@@ -181,7 +180,7 @@ def test_a_clip_is_of_its_prompt_and_seed():
     """The masks are the prompt's; other seeds, and tests, which the same clips of training never show, are other states."""
 
     def clip(kind, prompt="the pole", settings=(), seed=1):
-        return phase1.collect_clip(phase1.Args(env="cartpole_swingup", seed=seed), prompt, settings, (0, kind, 4))
+        return phase1.collect_clip(phase1.Args(env="cartpole_swingup", seed=seed), prompt, (settings, 0, kind, 4))
 
     for kind in ("spread", "random"):
         pole, both = clip(kind), clip(kind, "the cart and the pole")
@@ -200,12 +199,12 @@ def test_a_new_teacher_replaces_the_old_student(tmp_path, monkeypatch):
     for changed in ({}, {}, {"reconstruction_coef": 100.0}, {"seed": 2}):
         torch.manual_seed(len(teachers))  # as if a segmenter's models had drawn something
         Path("maskers/student.pt").touch()
-        phase1.train(phase1.Args(env="cartpole_swingup", **args | changed), "the pole", {}, torch.device("cpu"), False, None)
+        phase1.train(phase1.Args(env="cartpole_swingup", **args | changed), "the pole", {}, torch.device("cpu"), False)
         assert sorted(path.name for path in Path("maskers").iterdir()) == ["frames.npz", "teacher.pt"]
         teachers.append(envs.load_tensors(Path("maskers/teacher.pt"))["state_dict"]["stem.weight"])
     assert torch.equal(teachers[0], teachers[1]) and len({tuple(teacher.flatten().tolist()) for teacher in teachers}) == 3
     with pytest.raises(envs.UserError, match="the loss is nan; give a lower --learning-rate"):
-        phase1.train(phase1.Args(env="cartpole_swingup", **args | {"learning_rate": 1e30}), "the pole", {}, torch.device("cpu"), False, None)
+        phase1.train(phase1.Args(env="cartpole_swingup", **args | {"learning_rate": 1e30}), "the pole", {}, torch.device("cpu"), False)
 
 
 def test_a_student_is_of_its_seed(tmp_path, monkeypatch):
@@ -227,7 +226,7 @@ def test_frames_without_a_mask_are_not_taught(tmp_path, monkeypatch, capsys):
     masks = seen["masks"].copy()
     masks[[1, 4, 5]] = False
     args = phase1.Args(env="walker_walk", steps=2, batch_size=4, overlay_images=10, segmenter="masks", output="out")
-    phase1.train(args, "the walker", {"walker": masks}, torch.device("cpu"), False, None)
+    phase1.train(args, "the walker", {"walker": masks, "together": masks}, torch.device("cpu"), False)
     with np.load("out/frames.npz") as archive:
         assert np.array_equal(archive["train_frames"], seen["clean"][[0, 2, 3, 6, 7]])
     assert "3 of 8 frames" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,8 +231,8 @@ def test_media_with_some_settings_only(tmp_path, monkeypatch):
     """Phase I reports on the video settings that are there."""
     asked = []
 
-    def collect(args, prompt, counts, settings, pool):
-        asked.append(settings)
+    def collect(args, prompt, tests, training):
+        asked.append(tests[1])
         raise Enough
 
     monkeypatch.chdir(tmp_path)
@@ -250,18 +250,28 @@ def test_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
     args, counts = phase1.Args(env="cartpole_swingup", seed=3), {"spread": 5, "random": 4}
 
     class Here:
+        def __init__(self, *_):
+            pass
+
         def submit(self, *call):
             done = Future()
             done.set_result(call[0](*call[1:]))
             return done
 
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), envs.start_worker) as two:
-        a, b = (phase1.collect(args, "the cart and the pole", counts, ("procedural",), pool) for pool in (Here(), two))
+        def shutdown(self, **_):
+            pass
+
+    monkeypatch.setattr(envs, "cores", lambda: 2)
+    wanted = (counts, ("procedural",)), ({"spread": 2}, ())
+    b, second = phase1.collect(args, "the cart and the pole", *wanted)
+    monkeypatch.setattr(phase1, "ProcessPoolExecutor", Here)
+    a, first = phase1.collect(args, "the cart and the pole", *wanted)
     phase1.make_env_once.cache_clear()
     assert a.keys() == b.keys() == {"clean", "masks", "procedural"}
     assert a["clean"].shape == (9, 3, 84, 84) and a["masks"].shape == (9, 84, 84)
     assert all(np.array_equal(a[key], b[key]) for key in a)
-    assert len({frame.tobytes() for frame in a["clean"]}) == 9
+    assert len({frame.tobytes() for frame in [*a["clean"], *first["clean"]]}) == 11
+    assert first.keys() == {"clean", "masks"} and np.array_equal(first["clean"], second["clean"])
     assert (a["procedural"] != a["clean"]).any(1)[~a["masks"]].mean() > 0.5
 
 

@@ -1231,7 +1231,9 @@ def test_pools_processes_are_workers(monkeypatch, tmp_path, module):
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", pool)
     with pytest.raises(Seen) as seen:
-        list(rl.play_all(Path("x"), rl.Args(), [("train", 0)])) if module is rl else phase1.main(phase1.Args(env="cartpole_swingup"))
+        list(rl.play_all(Path("x"), rl.Args(), [("train", 0)])) if module is rl else phase1.main(
+            phase1.Args(env="cartpole_swingup", overlay_images=10)
+        )
     assert seen.value.args == (envs.start_worker,)
 
 
