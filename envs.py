@@ -877,6 +877,19 @@ def random_crops(photos: torch.Tensor, n: int, size: int) -> torch.Tensor:
     return F.grid_sample(chosen, grid, padding_mode="border", align_corners=False)
 
 
+def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
+    """Shift (B, C_i, H, W) tensors together, each sample by a random offset of at most `pad` pixels, edges repeated."""
+    batch, (height, width), device = len(stacks[0]), stacks[0].shape[-2:], stacks[0].device
+    n, row, col = torch.arange(batch, device=device), *(torch.randint(2 * pad + 1, (batch,), device=device) for _ in range(2))
+    shifted = []
+    for stack in stacks:
+        padded = torch.cat([stack[..., :1]] * pad + [stack] + [stack[..., -1:]] * pad, 3)  # F.pad has no bytes on a GPU
+        padded = torch.cat([padded[:, :, :1]] * pad + [padded] + [padded[:, :, -1:]] * pad, 2)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 pad + 1, 2 pad + 1, H, W), a view
+        shifted.append(windows[n, :, row, col])  # whole windows: a gather by pixel would take twice as long
+    return shifted
+
+
 def four_neighbours(maps: torch.Tensor, beyond: float) -> list[torch.Tensor]:
     """(B, k, H, W) -> four such: of every pixel the one below, above, right and left of it; `beyond` past the picture's edge."""
     padded = F.pad(maps, (1, 1, 1, 1), value=beyond)

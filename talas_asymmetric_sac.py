@@ -17,7 +17,6 @@ The last line is the asymmetry: an action chosen from the augmented view is judg
 """
 
 import copy
-import csv
 import gc
 import glob
 import importlib.util
@@ -51,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs
-from envs import Augmentation, Setting, UserError, augment, make_env, mask_iou
+from envs import Augmentation, Setting, UserError, augment, make_env, mask_iou, random_shift
 
 
 @dataclass
@@ -149,8 +148,8 @@ class Masker(nn.Module):
         return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
 
 
-def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, dict[str, str]]:
-    """The frozen student or teacher; its prompt and segmenter. Without --masker-path, a missing one is made first, by Phases I and II."""
+def find_masker(args: Args, which: str) -> tuple[Masker, dict[str, str]]:
+    """The student or teacher; its prompt and segmenter. Without --masker-path, a missing one is made first, by Phases I and II."""
     folder = Path(args.masker_path or f"runs/maskers/{args.env}")
     path = folder / f"{which}.pt"
     if not args.masker_path and not path.is_file():
@@ -180,7 +179,7 @@ def find_masker(args: Args, which: str, device: torch.device) -> tuple[Masker, d
         raise UserError(f"{path}: not a masker ({envs.brief(error)})") from None
     if made_for != args.env or size != 84:
         raise UserError(f"{path} was made for {made_for} at {size} pixels, not for {args.env} at 84")
-    return masker.requires_grad_(False).to(device, memory_format=torch.channels_last), about
+    return masker, about
 
 
 def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
@@ -196,19 +195,6 @@ def mask_stack(masker: Masker | None, stack: torch.Tensor) -> torch.Tensor:
 def apply_mask(stack: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """ψ(o) ⊙ o: (B, 3k, H, W) frames in [0, 255] and (B, k, H, W) masks in [0, 255] -> (B, 3k, H, W) of `dtype` in [0, 1]."""
     return (stack.to(dtype).unflatten(1, (-1, 3)) * (mask / 255**2).to(dtype).unsqueeze(2)).flatten(1, 2)
-
-
-def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
-    """Shift (B, C_i, H, W) tensors together, each sample by a random offset of at most `pad` pixels, edges repeated."""
-    batch, (height, width), device = len(stacks[0]), stacks[0].shape[-2:], stacks[0].device
-    n, row, col = torch.arange(batch, device=device), *(torch.randint(2 * pad + 1, (batch,), device=device) for _ in range(2))
-    shifted = []
-    for stack in stacks:
-        padded = torch.cat([stack[..., :1]] * pad + [stack] + [stack[..., -1:]] * pad, 3)  # F.pad has no bytes on a GPU
-        padded = torch.cat([padded[:, :, :1]] * pad + [padded] + [padded[:, :, -1:]] * pad, 2)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 pad + 1, 2 pad + 1, H, W), a view
-        shifted.append(windows[n, :, row, col])  # whole windows: a gather by pixel would take twice as long
-    return shifted
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -306,9 +292,11 @@ class Batch(NamedTuple):
 
 
 class Agent(nn.Module):
-    """The networks and the method's losses, as functions of tensors."""
+    """The networks and the method's losses, as functions of tensors; and, only to be kept with them, the masker whose masks replay has."""
 
-    def __init__(self, args: Args, channels: int, proprio_dim: int, action_dim: int, masker: Masker | None, photos: torch.Tensor | None):
+    def __init__(
+        self, args: Args, channels: int, proprio_dim: int, action_dim: int, masker: Masker | None, photos: torch.Tensor | None, clean_masker=None
+    ):
         super().__init__()
         self.args, self.photos, self.spaces = args, photos, (channels, proprio_dim, action_dim)
         self.encoder = Encoder(channels, args.encoder)
@@ -323,7 +311,8 @@ class Agent(nn.Module):
         self.optimizers = (self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer)
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
-        self.masker = masker and masker.to(self.dtype)  # the deployed one, frozen: cast once
+        frozen = {"dtype": self.dtype, "memory_format": torch.channels_last}  # so they are cast once
+        self.masker, self.clean_masker = (psi and psi.requires_grad_(False).to(**frozen) for psi in (masker, clean_masker))
 
     def autocast(self) -> torch.autocast:
         """bf16 where asked for. A context keeps the weights that it has cast, so there is a new one after every step of an optimiser."""
@@ -430,7 +419,7 @@ class Replay:
         self.rewards, self.dones = empty(capacity), empty(capacity)
         self.history = torch.zeros(capacity, pixels[0] // 3 + 1, dtype=torch.int64)
         self.newest = torch.zeros(num_envs, pixels[0] // 3 + 1, dtype=torch.int64)  # by environment, its last row's history
-        self.capacity, self.n, self.first = capacity, 0, 0  # rows ever written; the first of them, if not all were restored
+        self.capacity, self.n = capacity, 0  # n: rows ever written
 
     def add_first(self, which: np.ndarray, pixels: torch.Tensor, masks: torch.Tensor, proprio: torch.Tensor) -> None:
         """What the environments `which` (M,) begin an episode with: pixels (M, 9, H, W), masks (M, 3, H, W), proprio (M, P)."""
@@ -464,8 +453,6 @@ class Replay:
     def restore(self, written: dict[str, torch.Tensor]) -> None:
         """What written_since returned, in the same order."""
         numbers, *rows = (written[key][-self.capacity :] for key in ("numbers", *self.STORES))
-        if numbers[0] != self.n:  # the rows before are lost, or were overwritten
-            self.first = int(numbers[0])
         self._write(numbers, rows)
 
     def _stacks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -475,10 +462,11 @@ class Replay:
 
     def sample(self, batch_size: int) -> Batch:
         """Transitions that are still whole, each as likely as any other: rows are drawn until enough of them are what one leads to."""
-        oldest, drawn = max(self.first, self.n - self.capacity), self.history[:0]
+        drawn = self.history[:0]
         while len(drawn) < batch_size:
-            rows = self.history[torch.randint(oldest, self.n, (batch_size,)) % self.capacity]  # (B, k + 1)
-            drawn = torch.cat([drawn, rows[(rows[:, -2] < rows[:, -1]) & (rows[:, 0] >= oldest)]])
+            rows = self.history[torch.randint(min(self.n, self.capacity), (batch_size,))]  # (B, k + 1)
+            whole = self.history[rows[:, 0] % self.capacity, -1] == rows[:, 0]  # the oldest is still in its slot
+            drawn = torch.cat([drawn, rows[(rows[:, -2] < rows[:, -1]) & whole]])
         slots = (drawn[:batch_size] % self.capacity).to(self.frames.device, non_blocking=True)
         row = slots[:, -1]
         return Batch(*self._stacks(slots[:, :-1]), self.actions[row], self.rewards[row], self.dones[row], *self._stacks(slots[:, 1:]))
@@ -495,7 +483,8 @@ def free_memory(device: torch.device) -> float:
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 def save_agent(path: Path, agent: Agent, step: int, about: dict[str, str | None]) -> None:
     """What --evaluate takes: the agent, with its masker, what that is about, and its arguments."""
-    envs.save_tensors(path, {"args": asdict(agent.args), "spaces": agent.spaces, "step": step, "weights": agent.state_dict(), **about})
+    weights = {key: value for key, value in agent.state_dict().items() if not key.startswith("clean_masker.")}
+    envs.save_tensors(path, {"args": asdict(agent.args), "spaces": agent.spaces, "step": step, "weights": weights, **about})
 
 
 def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
@@ -503,7 +492,7 @@ def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
     try:
         checkpoint = envs.load_tensors(path)
         checkpoint["args"] = args = Args(**checkpoint["args"] | ({"precision": precision} if precision else {}))
-        agent = Agent(args, *checkpoint["spaces"], None if args.masker == "none" else Masker().to(memory_format=torch.channels_last), None)
+        agent = Agent(args, *checkpoint["spaces"], None if args.masker == "none" else Masker(), None)
         missing, unexpected = agent.load_state_dict(checkpoint["weights"], strict=False)
         strange = unexpected + [key for key in missing if not key.startswith(("critic.", "target_critic."))]  # an exported agent has no critics
         if strange:
@@ -523,7 +512,9 @@ class Progress:
     episodes: list[int] = field(default_factory=list)  # by environment, the episode that it begins next
     parts: dict[str, int] = field(default_factory=dict)  # replay's files, oldest first, with the number of rows written by the end of each
     learning_starts: int = 0  # the step of the first update, as the run began: a short run's is earlier, and stays where it was if it becomes longer
-    sizes: list[int] = field(default_factory=lambda: [0, 0])  # of the two tables, in bytes: what comes after a checkpoint is written again
+    about: dict[str, str | None] = field(default_factory=dict)  # the masker's prompt and segmenter
+    returns: list[str] = field(default_factory=lambda: ["step,episode,return,length,success,seconds,env"])  # the lines of returns.csv
+    evaluations: list[str] = field(default_factory=lambda: ["step,figure,value"])  # and of evaluations.csv
 
 
 def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, actions: gym.Space, before: Progress) -> Progress:
@@ -559,7 +550,6 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
             agent.load_state_dict(state["agent"])
             for optimizer, content in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
-                optimizer.param_groups[0]["capturable"] = True  # it was not always
             torch.set_rng_state(state["torch"])
             if replay.frames.is_cuda and state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], replay.frames.device)
@@ -703,16 +693,14 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         raise UserError(f"--total-timesteps {args.total_timesteps:,}: {run} has made {reached:,} steps already")
 
     # ---- the frozen maskers, the photographs, the agent
-    needed = [] if args.masker == "none" else list(dict.fromkeys((args.masker, clean)))
-    copied = [which for which in needed if (kept / f"{which}.pt").is_file()]  # a resumed run has copies
-    found = {which: find_masker(replace(args, masker_path=str(kept)) if which in copied else args, which, device) for which in needed}
+    resumed = any(kept.glob("[0-9]*.state.pt"))  # with the maskers in it that replay's masks are of, whatever has become of their files
+    needed = [which for which in dict.fromkeys((args.masker, clean)) if which != "none"]
+    found = {which: (Masker(), {}) if resumed else find_masker(args, which) for which in needed}
     masker, about = found.get(args.masker, (None, {"prompt": None, "segmenter": None}))
-    clean_masker = found.get(clean, (None,))[0]
     both = "both" in (args.critic_views, args.actor_views)
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if both else None
     torch.manual_seed(args.seed)
-    agent = Agent(args, *spaces, masker, photos).to(device)
-    clean_masker = clean_masker and clean_masker.to(agent.dtype)  # as the agent did with its own
+    agent = Agent(args, *spaces, masker, photos, found.get(clean, (None,))[0]).to(device)
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs)
     free = free_memory(device)
     size = capacity * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 40) / 1e9  # bytes by Replay.STORES; 40 = 4 + 4 + 4 × 8
@@ -721,16 +709,12 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
     except RuntimeError:
         raise UserError(f"--replay-size {args.replay_size:,}: {size:.1f} GB cannot be had on {device}; give a smaller one") from None
-    mask, policy, update = faster(agent, clean_masker, args, device)
+    mask, policy, update = faster(agent, agent.clean_masker, args, device)
 
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
-    kept.mkdir(exist_ok=True)
-    for which in set(needed) - set(copied):  # whatever becomes of their folder, the run goes on with the maskers that replay's masks are of
-        with saving("a copy of the masker"):
-            source = Path(args.masker_path or f"runs/maskers/{args.env}") / f"{which}.pt"
-            envs.write_whole(kept / source.name, partial(shutil.copyfile, source))
-    fresh = Progress(episodes=[0] * args.num_envs, learning_starts=max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5)))
+    learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
+    fresh = Progress(episodes=[0] * args.num_envs, learning_starts=learning_starts, about=about)
     progress = load_state(kept, agent, replay, action_space) or fresh
     if args.track:
         import wandb
@@ -740,29 +724,27 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     writer = SummaryWriter(run, purge_step=progress.step + 1)  # TensorBoard forgets what came after the checkpoint
     cleanup.callback(curves()(writer.close))  # the context manager as a decorator: on a full disk, closing may fail as well
     writer.add_text("args", "\n".join(f"{key}: {value}  " for key, value in asdict(args).items()))
-    tables = [(run / name).open("a", newline="", buffering=1) for name in ("returns.csv", "evaluations.csv")]
-    returns, evaluations = map(csv.writer, tables)
-    heads = ["step", "episode", "return", "length", "success", "seconds", "env"], ["step", "figure", "value"]
-    for table, rows, size, head in zip(tables, (returns, evaluations), progress.sizes, heads, strict=True):
-        cleanup.callback(saving(Path(table.name).name)(table.close))  # not as a context: on a full disk it would hide why the run ends
-        if not table.truncate(min(size, table.tell())):  # somebody may have moved it; longer, it would be filled up with zeros
-            rows.writerow(head)
 
     def log(figures: dict[str, float | torch.Tensor]) -> None:
         with curves():
             for key, value in figures.items():
                 writer.add_scalar(key, value, progress.step)
 
+    def write_table(name: str, lines: list[str]) -> None:
+        """Whole each time: a run that goes on has nothing in it from after its checkpoint."""
+        with saving(name):
+            envs.write_whole(run / name, partial(Path.write_text, data="\n".join([*lines, ""])))
+
     def report(folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
         check("a weight", agent.parameters())
-        save_agent(run / "checkpoint.pt", agent, progress.step, about)
+        save_agent(run / "checkpoint.pt", agent, progress.step, progress.about)
         try:
             figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
         except UserError as error:  # media that are gone: like a disk
             raise OSError(str(error)) from None
-        with saving("evaluations.csv"):
-            evaluations.writerows([progress.step, key, f"{value:.4f}"] for key, value in figures.items())
+        progress.evaluations += [f"{progress.step},{key},{value:.4f}" for key, value in figures.items()]
+        write_table("evaluations.csv", progress.evaluations)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), agent.autocast():
             shown = replay.sample(8)
             views = [view[:, -3:].float() for view in agent.views(shown.obs, shown.mask)]
@@ -773,11 +755,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     def check(what: str, values: Iterable[torch.Tensor], **came_from: torch.Tensor) -> None:
         if not all(value.isfinite().all() for value in values):
-            path = run / "not_finite.pt"
-            with saving(str(path)):
-                envs.save_tensors(path, came_from)
-            where = f"; what it came from is in {path}" if path.is_file() else ""
-            raise UserError(f"step {progress.step}: {what} is infinite or not a number{where}")
+            with saving("not_finite.pt"):
+                envs.save_tensors(run / "not_finite.pt", came_from)
+            raise UserError(f"step {progress.step}: {what} is infinite or not a number; what it came from is in {run}/not_finite.pt")
 
     def learn() -> None:
         """The updates that are due after progress.step agent steps."""
@@ -826,8 +806,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         replay.add_step(actions, rewards, terminated, *seen)
         for i in np.flatnonzero(ended):
             total, length, success = info["episode"]["r"][i], info["episode"]["l"][i], info.get("episode_success", [""] * args.num_envs)[i]
-            with saving("returns.csv"):
-                returns.writerow([progress.step, progress.episodes[i] - 1, f"{total:.3f}", length, success, f"{time.time() - began:.1f}", i])
+            progress.returns.append(f"{progress.step},{progress.episodes[i] - 1},{total:.3f},{length},{success},{time.time() - began:.1f},{i}")
+            write_table("returns.csv", progress.returns)
             log({"charts/episodic_return": total, "charts/episodic_length": length})
             bar.set_postfix({"return": f"{total:.1f}"}, refresh=False)
         if not args.overlap:
@@ -838,7 +818,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                 bar.write(f"step {progress.step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
         if ended.any() and progress.step - tried >= args.checkpoint_every:
             check("a weight", agent.parameters())
-            progress.seconds, progress.sizes, tried = time.time() - began, [os.fstat(table.fileno()).st_size for table in tables], progress.step
+            progress.seconds, tried = time.time() - began, progress.step
+            with curves():
+                writer.flush()  # what the checkpoint counts as written
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
             with saving("a checkpoint to resume from"):
                 saved = save_state(kept, progress, agent, replay, action_space, saved)

@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs
-from envs import Augmentation, UserError, augment
+from envs import Augmentation, UserError, augment, random_shift
 
 
 @dataclass
@@ -75,19 +75,6 @@ class Masker(nn.Module):
         middle = F.relu(self.fuse1(middle + F.interpolate(self.up2(coarse), size=middle.shape[-2:])))
         fine = F.relu(self.fuse0(fine + F.interpolate(self.up1(middle), size=fine.shape[-2:])))
         return F.pixel_shuffle(self.head(fine), 2).squeeze(1)
-
-
-def random_shift(*stacks: torch.Tensor, pad: int) -> list[torch.Tensor]:
-    """Shift (B, C_i, H, W) tensors together, each sample by a random offset of at most `pad` pixels, edges repeated."""
-    batch, (height, width), device = len(stacks[0]), stacks[0].shape[-2:], stacks[0].device
-    n, row, col = torch.arange(batch, device=device), *(torch.randint(2 * pad + 1, (batch,), device=device) for _ in range(2))
-    shifted = []
-    for stack in stacks:
-        padded = torch.cat([stack[..., :1]] * pad + [stack] + [stack[..., -1:]] * pad, 3)  # F.pad has no bytes on a GPU
-        padded = torch.cat([padded[:, :, :1]] * pad + [padded] + [padded[:, :, -1:]] * pad, 2)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 pad + 1, 2 pad + 1, H, W), a view
-        shifted.append(windows[n, :, row, col])  # whole windows: a gather by pixel would take twice as long
-    return shifted
 
 
 def load_teacher(path: Path, env_id: str) -> tuple[Masker, dict]:

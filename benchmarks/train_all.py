@@ -100,7 +100,7 @@ def main(args: Args) -> None:
 
     for *_, run in waiting:
         for masker in {run.masker, run.clean_masker or run.masker} - {"none"}:
-            talas.find_masker(run, masker, torch.device("cpu"))  # one after the other, with all cores; here only to have them
+            talas.find_masker(run, masker)  # one after the other, with all cores; here only to have them
 
     at_once = max(1, min(args.jobs, int(fit), len(waiting)))
     print(f"{len(waiting)} runs, {at_once} at a time" + f": more than {int(fit)} would not fit in memory, at {each:.1f} GB each" * (fit < args.jobs))

@@ -252,7 +252,7 @@ class Files:
 
     def read(self, kind: str) -> list:
         if kind == "student.pt":
-            masker, prompt = rl.find_masker(rl.Args(env="hammer", masker_path=str(self.folder)), "student", torch.device("cpu"))
+            masker, prompt = rl.find_masker(rl.Args(env="hammer", masker_path=str(self.folder)), "student")
             return [prompt, *masker.state_dict().values()]
         if kind == "teacher.pt":
             masker, checkpoint = phase2.load_teacher(self.folder / kind, "hammer")

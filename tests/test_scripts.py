@@ -193,6 +193,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path, m
     shutil.copytree(trained("cartpole_swingup").maskers, tmp_path / "maskers")
     args = [*SMALL, "--env=cartpole_swingup", "--action-repeat=50", "--masker-path=maskers", "--eval-settings", "train", "--augmentation=mix"]
     args += ["--total-timesteps=140", "--learning-starts=30", "--checkpoint-every=20", "--eval-every=100", "--replay-size=100"]  # the ring goes round
+    args += ["--clean-masker=teacher"]
     whole = start(RL, *args, "--exp-name=whole", cwd=tmp_path)
     again = [RL, *args, "--exp-name=pieces", "--resume=auto"]
 
@@ -204,7 +205,8 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path, m
     time.sleep(1)
     assert started and not [pid for pid in started if is_running(pid)]
     folder = only(tmp_path, "runs/*__pieces__*")
-    (tmp_path / "maskers/student.pt").write_text("made anew meanwhile, for another prompt")  # the run has a copy
+    for name in ("student", "teacher"):
+        (tmp_path / f"maskers/{name}.pt").write_text("made anew meanwhile, for another prompt")  # the run has its own
 
     process = start(*again, cwd=tmp_path)
     wait_for(process, tmp_path, "runs/*__pieces__*/resume/0*60.state.pt")
@@ -251,7 +253,7 @@ def test_a_second_run_waits_for_the_first_ones_masker(trained, tmp_path, monkeyp
     monkeypatch.setattr(rl.subprocess, "run", None)  # nothing is made twice
     with ThreadPoolExecutor(1) as pool:
         with FileLock(folder / "lock"):
-            found = pool.submit(rl.find_masker, rl.Args(env="cartpole_swingup"), "student", torch.device("cpu"))
+            found = pool.submit(rl.find_masker, rl.Args(env="cartpole_swingup"), "student")
             time.sleep(1)
             assert not found.done()
             for name in ("teacher.pt", "student.pt"):
@@ -266,7 +268,7 @@ def test_a_phase_that_is_started_ends_with_the_run(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(rl.subprocess, "run", lambda command, **how: (asked.append(how), SimpleNamespace(returncode=1))[1])
     with pytest.raises(envs.UserError, match=r"talas_phase1\.py failed"):
-        rl.find_masker(rl.Args(env="hammer"), "student", torch.device("cpu"))
+        rl.find_masker(rl.Args(env="hammer"), "student")
     assert asked == [{"preexec_fn": envs.end_with_parent}]
 
 
@@ -275,7 +277,7 @@ def test_without_any_masker_both_phases_are_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     args = rl.Args(env="cartpole_swingup", overlay="nowhere", overlay_images=20, distractors=".")
     with pytest.raises(envs.UserError, match=r"talas_phase1\.py failed"):
-        rl.find_masker(args, "student", torch.device("cpu"))
+        rl.find_masker(args, "student")
     out, err = capfd.readouterr()
     assert "$ python talas_phase1.py --env=cartpole_swingup --overlay=nowhere --overlay-images=20 --device=auto --distractors=.\n" in out
     assert "nowhere: no such folder" in err and "talas_phase2.py" not in out + err
@@ -288,7 +290,7 @@ def test_phase_two_alone_is_made_up_for(trained, tmp_path, monkeypatch, capfd):
     shutil.copy(t.maskers / "teacher.pt", folder / "teacher.pt")
     before, student = (folder / "teacher.pt").read_bytes(), folder / "student.pt"
     monkeypatch.chdir(tmp_path)
-    find = partial(rl.find_masker, rl.Args(env="cartpole_swingup", overlay="nowhere", overlay_images=20), device=torch.device("cpu"))
+    find = partial(rl.find_masker, rl.Args(env="cartpole_swingup", overlay="nowhere", overlay_images=20))
     with pytest.raises(envs.UserError, match=r"talas_phase2\.py failed"):
         find(which="student")
     out, err = capfd.readouterr()
@@ -311,7 +313,7 @@ def test_a_teacher_that_is_asked_for_needs_no_phase_two(trained, tmp_path, monke
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(rl.subprocess, "run", phase)
-    rl.find_masker(rl.Args(env="cartpole_swingup"), "teacher", torch.device("cpu"))
+    rl.find_masker(rl.Args(env="cartpole_swingup"), "teacher")
     assert started == ["talas_phase1.py"]
 
 
