@@ -100,7 +100,7 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
 
 
 # Files and processes. What is written is there whole or not at all; what is read is data, never code; who is started ends with who started it.
-VERSION, FORMAT = "0.7.0", 3  # this project's, and that of its maskers and checkpoints
+VERSION, FORMAT = "0.8.0", 3  # this project's, and that of its maskers and checkpoints
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -703,8 +703,6 @@ class TalasEnv(gym.Env):
         or its string something else. Here a pixel belongs to all that one of its four points belongs to.
         """
         wanted = [self._lookup(phrase) for phrase in parse_prompt(prompt)]
-        if not self._renderers:
-            raise UserError("segment: no frame has been rendered; reset the environment first")
         objects = self._render(segmented=True).reshape(self.size, 4, self.size, 4, 2)
         objects = objects[:, range(4), :, (2, 0, 3, 1)]  # (4, H, W, 2): OpenGL's usual points, one in each row and column of sixteen
         shown = [(objects[..., 1] == kind) & np.isin(objects[..., 0], ids) for phrase in wanted for kind, ids in phrase.items()]
@@ -951,27 +949,27 @@ class Args:
     env: str | None = None  # the task to draw; without it, the tasks are listed
     prompt: str | None = None  # what the mask shows; by default the task's own prompt
     distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS; without it, train and procedural only
-    output: str | None = None  # the picture; by default <env>.png
 
 
-def draw_settings(args: Args) -> None:
-    """A PNG: a row per setting; the start and two later states under random actions, each with its mask."""
-    env_id, rows = resolve_env_id(args.env), []
-    output = args.output or f"{env_id}.png"
-    if Path(output).suffix not in (".png", ".jpg", ".bmp", ".webp") or not Path(output).parent.is_dir():
-        raise UserError(f"--output {output}: not the name of a picture that can be written; end it in .png, and its folder has to be there")
+def main(args: Args) -> None:
+    """Print the table; or write <env>.png: a row per setting, the start and two later states under random actions, each with its mask."""
+    if not args.env:
+        print(f"{'task':<19}{'loader':<9}{'repeat':>6}{'steps':>7}  default prompt; what else can be named")
+        for name, row in TASKS.items():
+            print(f"{name:<19}{row.loader:<9}{row.repeat:>6}{row.steps:>7}  {row.prompt}; {', '.join(row.vocabulary)}")
+        return print(f"\nand, with action repeat 4, the rest of dm_control's suite: {', '.join(name for name in SUITE if name not in TASKS)}")
+    rows = []
     for setting in SETTINGS:
         try:
-            env = make_env(env_id, setting, distractors=args.distractors)
-            env.reset()
-            env.action_space.seed(1)
-            prompt = env.row.prompt if args.prompt is None else args.prompt
+            env = make_env(args.env, setting, distractors=args.distractors)
         except UserError as error:
             if setting == "train":
                 raise
             print(f"{setting}: left out ({error})")
             continue
-        cells = []
+        prompt, cells = env.row.prompt if args.prompt is None else args.prompt, []
+        env.reset()
+        env.action_space.seed(1)
         for steps in (0, 15, 35):
             for _ in range(steps):
                 env.step(env.action_space.sample())
@@ -979,17 +977,8 @@ def draw_settings(args: Args) -> None:
         row = np.concatenate(cells, 1).repeat(3, 0).repeat(3, 1)
         rows.append(cv2.putText(row, setting, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 255), 1, cv2.LINE_AA))
         env.close()
-    write_image(Path(output), np.concatenate(rows)[..., ::-1])
-    print(f"written: {output} (columns: the start, then 15 and 50 random steps later, each with the mask of {prompt!r})")
-
-
-def main(args: Args) -> None:
-    if args.env:
-        return draw_settings(args)
-    print(f"{'task':<19}{'loader':<9}{'repeat':>6}{'steps':>7}  default prompt; what else can be named")
-    for name, row in TASKS.items():
-        print(f"{name:<19}{row.loader:<9}{row.repeat:>6}{row.steps:>7}  {row.prompt}; {', '.join(row.vocabulary)}")
-    print(f"\nand, with action repeat 4, the rest of dm_control's suite: {', '.join(name for name in SUITE if name not in TASKS)}")
+    write_image(Path(f"{env.env_id}.png"), np.concatenate(rows)[..., ::-1])
+    print(f"written: {env.env_id}.png (columns: the start, then 15 and 50 random steps later, each with the mask of {prompt!r})")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ MISTAKES = [  # script, arguments, what the one line says
     (PHASE1, ["--env=walker_walk", "--exp-name=a/b"], "has no /"),
     (PHASE2, ["--env=walker_walk"], "talas_phase1.py --env walker_walk"),
     (PHASE2, ["--env=walker_walk", "--steps=0"], "steps 0: has to be a number from 1"),
-    ("envs", ["--env=walker_walk", "--output=picture"], "picture: not the name of a picture"),
     ("envs", ["--env=walker_walk", "--prompt="], "--prompt '' names nothing"),
     ("envs", ["--env=lqr_lqr_2_1"], "unknown --env 'lqr_lqr_2_1'"),
 ]
