@@ -1,4 +1,4 @@
-"""Everything that the three TaLaS scripts share: tasks, visual settings, simulator masks, photographs and augmentations.
+"""Everything that the three TaLaS scripts share: files and processes, tasks, visual settings, simulator masks, photographs and augmentations.
 
 env = make_env("walker_walk", "video_hard", seed=1, distractors="distractors/")    # a gymnasium.Env
 obs, info = env.reset(options={"episode": 3})       # {"pixels": (9, 84, 84) uint8, "proprio": (P,) float32}
@@ -211,12 +211,12 @@ class Task:
 
     loader: Literal["suite", "unitree", "adroit"]
     repeat: int  # control steps per agent step
-    steps: int  # agent steps per episode; times `repeat`, no more than the simulator's own limit, or an episode would hold two of its
+    steps: int  # agent steps per episode; times `repeat`, no more than the simulator's own limit, past which dm_control begins a new one by itself
     camera: int | str
     prompt: str  # the default prompt of Phase I
     mask_frames: int = 5000  # frames for Phase I by default: fewer where rendering is slow, more of the thin string
     vocabulary: dict[str, str] = field(default_factory=dict)  # phrase -> names in the model; "x+", or a * at its end, with all bodies below it
-    hold: int = 0  # an episode is a success when its goal holds for more than so many control steps (Adroit); 0: none is reported
+    success_steps: int = 0  # an episode is a success when its goal holds for more than so many control steps (Adroit); 0: none is reported
     student_steps: int = 5000  # gradient steps of Phase II by default: the A1, large in its picture, needs fewer, a thin pole or string more
 
 
@@ -239,13 +239,13 @@ TASKS: dict[str, Task] = {  # loader, action repeat, agent steps, camera, prompt
     "unitree_walk":      Task("unitree", 2, 500, "mounted", "the robot", 800, _A1, student_steps=3000),
     "unitree_stand":     Task("unitree", 2, 500, "mounted", "the robot", 800, _A1, student_steps=3000),
     "pen":               Task("adroit", 2, 100, "vil_camera", "the hand, the pen and the target", 3000,
-                              _HAND | {"pen": "Object+", "target": "target+"}, hold=20),
+                              _HAND | {"pen": "Object+", "target": "target+"}, success_steps=20),
     "door":              Task("adroit", 2, 100, "vil_camera", "the hand, the door and the frame", 3000,
-                              _HAND | {"door": "door+", "handle": "latch+", "latch": "latch+", "frame": "frame"}, hold=25),
+                              _HAND | {"door": "door+", "handle": "latch+", "latch": "latch+", "frame": "frame"}, success_steps=25),
     "hammer":            Task("adroit", 2, 100, "vil_camera", "the hand, the hammer and the nail", 3000,
-                              _HAND | {"hammer": "Object+", "nail": "nail+", "board": "nail_board"}, hold=25),
+                              _HAND | {"hammer": "Object+", "nail": "nail+", "board": "nail_board"}, success_steps=25),
     "relocate":          Task("adroit", 2, 100, "vil_camera", "the hand, the ball and the target", 3000,
-                              _HAND | {"ball": "Object+", "target": "target"}, hold=25),
+                              _HAND | {"ball": "Object+", "target": "target"}, success_steps=25),
 }  # fmt: skip
 ALIASES = {"cup_catch": "ball_in_cup_catch"}
 SUITE = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS if domain != "lqr"}  # whose actions have no bounds
@@ -651,8 +651,8 @@ class TalasEnv(gym.Env):
                 break
         self._step += 1
         self._frames.append(self.render())
-        if self.row.hold:  # Adroit: the benchmark's episode success beside the step's
-            info["episode_success"] = self._held > self.row.hold
+        if self.row.success_steps:  # Adroit: the benchmark's episode success beside the step's
+            info["episode_success"] = self._held > self.row.success_steps
         return self._obs(), reward, terminated, self._step >= self.episode_steps, info
 
     def _obs(self) -> dict[str, np.ndarray]:
@@ -762,6 +762,7 @@ def make_env_in_worker(*args: Any, **kwargs: Any) -> gym.Env:
     return gym.wrappers.RecordEpisodeStatistics(make_env(*args, **kwargs))
 
 
+# ------------------------------------------------------------------------------------------------- masks and their report
 def parse_prompt(prompt: str) -> list[str]:
     """The noun phrases of a plain English list: "The hand, the hammer and a nail" -> ["hand", "hammer", "nail"]."""
     words = [[word for word in part.split() if word not in {"the", "a", "an"}] for part in re.split(r"[,;.]|\band\b", prompt.lower())]
@@ -962,13 +963,13 @@ def main(args: Args) -> None:
     for setting in SETTINGS:
         try:
             env = make_env(args.env, setting, distractors=args.distractors)
+            env.reset()
         except UserError as error:
             if setting == "train":
                 raise
             print(f"{setting}: left out ({error})")
             continue
         prompt, cells = env.row.prompt if args.prompt is None else args.prompt, []
-        env.reset()
         env.action_space.seed(1)
         for steps in (0, 15, 35):
             for _ in range(steps):

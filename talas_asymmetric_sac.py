@@ -292,7 +292,8 @@ class Batch(NamedTuple):
 
 
 class Agent(nn.Module):
-    """The networks and the method's losses, as functions of tensors; and, only to be kept with them, the masker whose masks replay has."""
+    """The networks and the method's losses, as functions of tensors. `masker` masks the augmented view; clean_masker, which made replay's masks, is
+    only saved with the rest."""
 
     def __init__(
         self, args: Args, channels: int, proprio_dim: int, action_dim: int, masker: Masker | None, photos: torch.Tensor | None, clean_masker=None
@@ -311,7 +312,7 @@ class Agent(nn.Module):
         self.optimizers = (self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer)
         self.target_entropy = -float(action_dim)
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32  # of the views and, by autocast, of the networks
-        frozen = {"dtype": self.dtype, "memory_format": torch.channels_last}  # so they are cast once
+        frozen = {"dtype": self.dtype, "memory_format": torch.channels_last}  # cast here, once, and not by autocast at every call
         self.masker, self.clean_masker = (psi and psi.requires_grad_(False).to(**frozen) for psi in (masker, clean_masker))
 
     def autocast(self) -> torch.autocast:
@@ -391,12 +392,12 @@ class Agent(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------ replay
-def observe(mask: Callable, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One observation or N of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8 by `mask`, a masker's mask_stack, proprio (N, P)."""
+def observe(mask_of: Callable, obs: dict[str, np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One observation or N of them as pixels (N, 9, H, W) uint8, masks (N, 3, H, W) uint8 by `mask_of`, a masker's mask_stack, proprio (N, P)."""
     pixels, proprio = (torch.from_numpy(obs[key]).to(device) for key in ("pixels", "proprio"))
     pixels = pixels.view(-1, *pixels.shape[-3:])
     with torch.no_grad():
-        return pixels, mask(pixels), proprio.view(len(pixels), proprio.shape[-1])
+        return pixels, mask_of(pixels), proprio.view(len(pixels), proprio.shape[-1])
 
 
 class Replay:
@@ -417,7 +418,7 @@ class Replay:
         self.frames, self.masks = empty(capacity, 3, *pixels[1:], dtype=torch.uint8), empty(capacity, *pixels[1:], dtype=torch.uint8)
         self.proprio, self.actions = empty(capacity, proprio_dim), empty(capacity, action_dim)
         self.rewards, self.dones = empty(capacity), empty(capacity)
-        self.history = torch.zeros(capacity, pixels[0] // 3 + 1, dtype=torch.int64)
+        self.history = torch.full((capacity, pixels[0] // 3 + 1), -1)
         self.newest = torch.zeros(num_envs, pixels[0] // 3 + 1, dtype=torch.int64)  # by environment, its last row's history
         self.capacity, self.n = capacity, 0  # n: rows ever written
 
@@ -483,7 +484,7 @@ def free_memory(device: torch.device) -> float:
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 def save_agent(path: Path, agent: Agent, step: int, about: dict[str, str | None]) -> None:
     """What --evaluate takes: the agent, with its masker, what that is about, and its arguments."""
-    weights = {key: value for key, value in agent.state_dict().items() if not key.startswith("clean_masker.")}
+    weights = {key: value for key, value in agent.state_dict().items() if not key.startswith("clean_masker.")}  # not deployed
     envs.save_tensors(path, {"args": asdict(agent.args), "spaces": agent.spaces, "step": step, "weights": weights, **about})
 
 
@@ -536,10 +537,9 @@ def save_state(folder: Path, progress: Progress, agent: Agent, replay: Replay, a
     return progress
 
 
-def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -> Progress | None:
-    """Bring agent, replay and chance to where the newest state that can be read left them; None if there is none at all."""
-    states = sorted(folder.glob("[0-9]*.state.pt"), reverse=True)
-    for path in states:
+def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -> Progress:
+    """Bring agent, replay and chance to where the newest state that can be read left them."""
+    for path in sorted(folder.glob("[0-9]*.state.pt"), reverse=True):
         try:
             state = envs.load_tensors(path)
             progress = Progress(**state["progress"])
@@ -557,9 +557,7 @@ def load_state(folder: Path, agent: Agent, replay: Replay, actions: gym.Space) -
             return progress
         except Exception as error:  # damaged files fail in many ways
             print(f"warning: {path} cannot be used ({envs.brief(error)})", flush=True)
-    if states:
-        raise UserError(f"{folder}: none of its checkpoints can be used")
-    return None
+    raise UserError(f"{folder}: none of its checkpoints can be used by TaLaS {envs.VERSION}; start the run anew")
 
 
 def open_run(run: Path, args: Args, cleanup: ExitStack) -> None:
@@ -669,15 +667,15 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
 # ------------------------------------------------------------------------------------------------------------ the loop
 def faster(agent: Agent, clean_masker: Masker | None, args: Args, device: torch.device) -> tuple[Callable, Callable, Callable]:
     """The masking of an observation, the collecting policy and the update, as --compile and --cudagraphs want them."""
-    mask, policy, update = partial(mask_stack, clean_masker), partial(agent.policy, mean=False), agent.update
+    mask_of, policy, update = partial(mask_stack, clean_masker), partial(agent.policy, mean=False), agent.update
     if args.compile:
         update = torch.compile(update, options={"fallback_random": True})  # eager mode's random numbers
     if args.cudagraphs and device.type == "cuda":  # They read tensors; a Python number stays as captured
         os.environ.setdefault("TD_LOGGING_LEVEL", "WARNING")  # or it tells of every capture
         from tensordict.nn import CudaGraphModule  # takes a second or two
 
-        mask, policy, update = (CudaGraphModule(function, warmup=4) for function in (mask, policy, update))
-    return mask, policy, update
+        mask_of, policy, update = (CudaGraphModule(function, warmup=4) for function in (mask_of, policy, update))
+    return mask_of, policy, update
 
 
 def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasEnv, device: torch.device, cleanup: ExitStack) -> None:
@@ -688,19 +686,20 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     episodes = args.eval_episodes or max(1, min(10, total_steps // (2 * env.episode_steps)))
     action_space = gym.vector.utils.batch_space(env.action_space, args.num_envs)
     action_space.seed(args.seed)
-    kept, clean = run / "resume", args.clean_masker or args.masker
+    kept, who_masks = run / "resume", (args.masker, args.clean_masker or args.masker)  # the augmented view, and the clean one
     if total_steps < (reached := max((int(path.name[:10]) for path in kept.glob("[0-9]*.state.pt")), default=0)):
         raise UserError(f"--total-timesteps {args.total_timesteps:,}: {run} has made {reached:,} steps already")
 
     # ---- the frozen maskers, the photographs, the agent
-    resumed = any(kept.glob("[0-9]*.state.pt"))  # with the maskers in it that replay's masks are of, whatever has become of their files
-    needed = [which for which in dict.fromkeys((args.masker, clean)) if which != "none"]
-    found = {which: (Masker(), {}) if resumed else find_masker(args, which) for which in needed}
-    masker, about = found.get(args.masker, (None, {"prompt": None, "segmenter": None}))
+    resumed = any(kept.glob("[0-9]*.state.pt"))  # then the state brings the maskers, those that replay's masks are of: their files may be others now
+    found = {"none": (None, {"prompt": None, "segmenter": None})}
+    for which in who_masks:
+        found[which] = found.get(which) or ((Masker(), {}) if resumed else find_masker(args, which))
+    (masker, about), (clean_masker, _) = (found[which] for which in who_masks)
     both = "both" in (args.critic_views, args.actor_views)
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if both else None
     torch.manual_seed(args.seed)
-    agent = Agent(args, *spaces, masker, photos, found.get(clean, (None,))[0]).to(device)
+    agent = Agent(args, *spaces, masker, photos, clean_masker).to(device)
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs)
     free = free_memory(device)
     size = capacity * (4 * pixels[1] * pixels[2] + 4 * sum(spaces[1:]) + 40) / 1e9  # bytes by Replay.STORES; 40 = 4 + 4 + 4 × 8
@@ -709,13 +708,13 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         replay = Replay(args.num_envs, capacity, pixels, proprio[0], spaces[2], device)
     except RuntimeError:
         raise UserError(f"--replay-size {args.replay_size:,}: {size:.1f} GB cannot be had on {device}; give a smaller one") from None
-    mask, policy, update = faster(agent, agent.clean_masker, args, device)
+    mask_of, policy, update = faster(agent, clean_masker, args, device)
 
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
     learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
-    fresh = Progress(episodes=[0] * args.num_envs, learning_starts=learning_starts, about=about)
-    progress = load_state(kept, agent, replay, action_space) or fresh
+    progress = Progress(episodes=[0] * args.num_envs, learning_starts=learning_starts, about=about)
+    progress = load_state(kept, agent, replay, action_space) if resumed else progress
     if args.track:
         import wandb
 
@@ -731,9 +730,12 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                 writer.add_scalar(key, value, progress.step)
 
     def write_table(name: str, lines: list[str]) -> None:
-        """Whole each time: a run that goes on has nothing in it from after its checkpoint."""
+        """Whole each time: what a run that goes on had in it from after its checkpoint is gone."""
         with saving(name):
             envs.write_whole(run / name, partial(Path.write_text, data="\n".join([*lines, ""])))
+
+    write_table("returns.csv", progress.returns)
+    write_table("evaluations.csv", progress.evaluations)
 
     def report(folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
@@ -757,7 +759,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         if not all(value.isfinite().all() for value in values):
             with saving("not_finite.pt"):
                 envs.save_tensors(run / "not_finite.pt", came_from)
-            raise UserError(f"step {progress.step}: {what} is infinite or not a number; what it came from is in {run}/not_finite.pt")
+            raise UserError(
+                f"step {progress.step}: {what} is infinite or not a number; what it came from, if there was room, is in {run}/not_finite.pt"
+            )
 
     def learn() -> None:
         """The updates that are due after progress.step agent steps."""
@@ -789,7 +793,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     while progress.step < total_steps:
         if ended.any():
             vec_env.reset_async(options={"reset_mask": ended})
-            seen = observe(mask, vec_env.reset_wait(timeout=PATIENCE)[0], device)
+            seen = observe(mask_of, vec_env.reset_wait(timeout=PATIENCE)[0], device)
             check("a first observation", [seen[2]], proprio=seen[2])
             replay.add_first(np.flatnonzero(ended), *(part[ended] for part in seen))
             progress.episodes = [episode + int(over) for episode, over in zip(progress.episodes, ended, strict=True)]
@@ -802,14 +806,15 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         obs, rewards, terminated, truncated, info = vec_env.step_wait(timeout=PATIENCE)
         came_from = {"actions": torch.from_numpy(actions), "rewards": torch.from_numpy(rewards), "proprio": torch.from_numpy(obs["proprio"])}
         check("a reward or an observation", (came_from["rewards"], came_from["proprio"]), **came_from)
-        seen, ended = observe(mask, obs, device), terminated | truncated
+        seen, ended = observe(mask_of, obs, device), terminated | truncated
         replay.add_step(actions, rewards, terminated, *seen)
         for i in np.flatnonzero(ended):
             total, length, success = info["episode"]["r"][i], info["episode"]["l"][i], info.get("episode_success", [""] * args.num_envs)[i]
             progress.returns.append(f"{progress.step},{progress.episodes[i] - 1},{total:.3f},{length},{success},{time.time() - began:.1f},{i}")
-            write_table("returns.csv", progress.returns)
             log({"charts/episodic_return": total, "charts/episodic_length": length})
             bar.set_postfix({"return": f"{total:.1f}"}, refresh=False)
+        if ended.any():
+            write_table("returns.csv", progress.returns)
         if not args.overlap:
             learn()
         if progress.step % args.eval_every < args.num_envs and progress.step < total_steps:
@@ -820,7 +825,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             check("a weight", agent.parameters())
             progress.seconds, tried = time.time() - began, progress.step
             with curves():
-                writer.flush()  # what the checkpoint counts as written
+                writer.flush()  # a run that goes on takes the curves up to here for granted
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
             with saving("a checkpoint to resume from"):
                 saved = save_state(kept, progress, agent, replay, action_space, saved)

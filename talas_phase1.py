@@ -54,7 +54,7 @@ class Args:
     steps: int = 2000  # gradient steps
     batch_size: int = 32  # frames per gradient step; 64 leave a CPU's cache and take more than twice as long
     learning_rate: float = 5e-3  # Adam's peak learning rate; it warms up and decays to zero (one cycle)
-    reconstruction_coef: float = 0.0  # weight of Figure 1's masked reconstruction ‖ψ(o)⊙o − m*⊙o‖² beside the cross-entropy (our reading)
+    reconstruction_coef: float = 0.0  # weight of the page's Figure 1's masked reconstruction ‖ψ(o)⊙o − m*⊙o‖² beside the cross-entropy (our reading)
     distractors: str | None = None  # folder with DMControl-GB's video_easy/ and video_hard/, only to report IoU on; or set TALAS_DISTRACTORS
     overlay: str | None = None  # folder of photographs, only to report IoU on; or set TALAS_OVERLAY; synthetic images without one
     overlay_images: int = 5000  # how many photographs to sample from the folder
@@ -62,7 +62,7 @@ class Args:
 
     # the segmenters sam and masks
     segment_frames: int = 1000  # frames to segment, instead of --frames, in whole sequences: rendering them large and the models are slow
-    segment_size: int = 512  # pixels, height and width, of what the models see; an eighth of a pixel of 84×84 makes it the mask's
+    segment_size: int = 512  # pixels, height and width, of what the models see; a pixel of 84×84 is the mask's if an eighth of it is
     sequence_length: int | None = None  # consecutive frames in a sequence, of which half begin in spread states; by default 16, with sam 1
     export_frames: str | None = None  # write the frames to this folder, as <sequence>/<number>.png, and stop
     masks: tuple[str, ...] = ()  # folders of masks, <sequence>/<number>.png, 0 and 255, square; several are united; name them by their phrases
@@ -111,7 +111,7 @@ class Masker(nn.Module):
 
 
 def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor, reconstruction_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """BCE(ψ(o), m*) and ‖ψ(o)⊙o − m*⊙o‖² (mean over pixels, o in [0, 1]); logits, target (N, H, W); frames (N, 3, H, W) in [0, 255]."""
+    """BCE(ψ(o), m*) and ‖ψ(o)⊙o − m*⊙o‖² (mean over pixels and colours, o in [0, 1]); logits, target (N, H, W); frames (N, 3, H, W) in [0, 255]."""
     bce = F.binary_cross_entropy_with_logits(logits, target)
     if not reconstruction_coef:
         return bce, torch.zeros_like(bce)
@@ -336,7 +336,7 @@ def sequence_frames(args: Args, index: int) -> Iterator[np.ndarray]:
 
 
 def export_sequence(args: Args, index: int) -> None:
-    """Write one sequence's frames for another tool, <sequence>/<number>.png, in the place of any that are there."""
+    """Write one sequence's frames for another tool, <sequence>/<number>.png, in the place of any of that name; other sequences stay as they are."""
     folder = Path(args.export_frames) / sequence_names(args)[index]
     folder.mkdir(parents=True, exist_ok=True)
     for i, frame in enumerate(sequence_frames(args, index)):
@@ -357,7 +357,8 @@ def read_masks(args: Args, folder: Path, size: int) -> np.ndarray:
                 raise UserError(f"{where}/{name}: cannot be decoded as an image")
             if mask.shape[0] != mask.shape[1]:
                 raise UserError(f"{where}/{name}: wrongly shaped, {mask.shape[1]} by {mask.shape[0]} pixels; the frames are square")
-            peak, down = max(peak, int(mask.max())), cv2.INTER_AREA if len(mask) > size else cv2.INTER_NEAREST
+            peak = max(peak, int(mask.max()))
+            down = cv2.INTER_AREA if len(mask) > size else cv2.INTER_NEAREST
             # An eighth comes nearest to TalasEnv.segment's four points: IoU 0.96 (cup) to 0.99; a half has 0.64 to 0.90, and hardly a string.
             masks.append(cv2.resize(np.float32(mask > 127), (size, size), interpolation=down) >= 1 / 8)
     if not np.any(masks):
@@ -390,11 +391,11 @@ def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str
 
     @torch.no_grad()
     def segment(frame: np.ndarray, phrases: list[str]) -> np.ndarray:
-        texts = [[phrase] for phrase in phrases]  # of several in one sentence, Grounding DINO does not always say which it has found
-        sizes = [frame.shape[:2]] * len(phrases)  # boxes (K, 4) come in pixels: left, top, right, bottom
-        inputs = processor(images=[frame] * len(phrases), text=texts, padding="longest", return_tensors="pt").to(device)
-        detected = processor.post_process_grounded_object_detection(detector(**inputs), threshold=args.box_threshold, target_sizes=sizes)
-        boxes = [one["boxes"][one["scores"].argsort(descending=True)[:MOST_BOXES]] for one in detected]
+        boxes, size = [], [frame.shape[:2]]
+        for phrase in phrases:  # one at a time: of several in one sentence, Grounding DINO does not always say which it has found
+            output = detector(**processor(images=[frame], text=[[phrase]], return_tensors="pt").to(device))
+            (one,) = processor.post_process_grounded_object_detection(output, threshold=args.box_threshold, target_sizes=size)
+            boxes.append(one["boxes"][one["scores"].argsort(descending=True)[:MOST_BOXES]])  # (K, 4), pixels: left, top, right, bottom
         if not any(map(len, boxes)):
             return np.zeros((len(phrases), *frame.shape[:2]), bool)
         predictor.set_image(frame)  # what takes the time: once a frame, whatever the phrases
@@ -407,7 +408,7 @@ def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str
 
 
 def run_sam(args: Args, phrases: list[str], device: torch.device) -> list[Path]:
-    """Write what is not there yet of a folder of masks per phrase, named by phrase, models and thresholds; returns the folders."""
+    """Write what is not there yet of a folder of masks per phrase, named by phrase, models, thresholds and size; returns the folders."""
     names, cache = sequence_names(args), Path(f"runs/segmented/{args.env}")
     which = zlib.crc32(f"{args.detector} {args.sam_checkpoint}".encode())  # others, in other folders, may have these names as well
     models = f"{Path(args.detector).name}__{Path(str(args.sam_checkpoint)).stem}__{args.box_threshold}__{args.iou_threshold}__{args.segment_size}"
@@ -439,8 +440,8 @@ def masks_by_phrase(args: Args, prompt: str, device: torch.device, size: int) ->
 
 # ------------------------------------------------------------------------------------------------------------ the report
 def report_segmenter(parts: dict[str, np.ndarray], training: dict[str, np.ndarray], sheet: Path) -> dict[str, float]:
-    """IoU of masks_by_phrase's parts with the simulator's masks, collect's, printed and as figures; and a picture of the ten worst frames: frame,
-    what the segmenter keeps, what the simulator does."""
+    """IoU of masks_by_phrase's parts with the simulator's masks, which collect brought, printed and as figures; and a picture of the ten worst
+    frames: frame, what the segmenter keeps, what the simulator does."""
     figures, union = {}, parts["together"]
     print(f"\n{'segmented':<24}{'found':>7}{'IoU with the simulator':>24}")
     for name, masks in parts.items():
@@ -498,8 +499,9 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
     print(f"Phase I on {args.env}: {n:,} clean frames, prompt: {prompt!r}, masks: {args.segmenter}", flush=True)
     settings = ("procedural", *(name for name in ("video_easy", "video_hard") if args.distractors and (Path(args.distractors) / name).is_dir()))
     # The tests first: what is wrong with the media shows at once. Their masks are the simulator's, the yardstick.
-    wanted = {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}, settings
-    tests, training = collect(args, prompt, wanted, ({"sequence": n} if parts else {"spread": n // 2, "random": n - n // 2}, ()))
+    for_tests = {"spread": t - t // 2, "random": t // 4, "good": t // 2 - t // 4}
+    for_training = {"sequence": n} if parts else {"spread": n // 2, "random": n - n // 2}
+    tests, training = collect(args, prompt, (for_tests, settings), (for_training, ()))
     tests["overlay"] = augment(torch.from_numpy(tests["clean"]), None, photos, "overlay").byte().numpy()
     frames, masks, figures = training["clean"], training["masks"], {}  # the simulator's, unless there are others
     if parts:

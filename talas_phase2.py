@@ -132,7 +132,7 @@ def main(args: Args) -> None:
     for step in bar:
         batch = torch.randint(len(frames), (args.batch_size,))
         obs, target = frames_t[batch].to(device), masks_t[batch].to(device)  # (B, 3, H, W), (B, 1, H, W)
-        # Every other one shifted: what looks in at the picture's edge by a column or two would be moved out of it, or doubled, every time.
+        # Only every other: a shift moves what is at the picture's edge out of it, or doubles it, and a masker has to know it unshifted as well.
         for still, shifted in zip((obs, target), random_shift(obs, target, pad=args.shift), strict=True):
             still[1::2] = shifted[1::2]
         target = target / 255  # ψ_T(o)

@@ -100,7 +100,7 @@ def test_one_episode_truncates_and_never_terminates(make):
 def test_episode_lengths(name):
     row = envs.task_row(name)
     assert row.steps * row.repeat == (200 if row.loader == "adroit" else 1000)
-    assert row.hold == {"pen": 20, "door": 25, "hammer": 25, "relocate": 25}.get(name, 0)
+    assert row.success_steps == {"pen": 20, "door": 25, "hammer": 25, "relocate": 25}.get(name, 0)
     assert row.repeat == {"cartpole_swingup": 8, "finger_spin": 2}.get(name, 4 if row.loader == "suite" else 2)  # published practice
 
 

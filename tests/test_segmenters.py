@@ -94,15 +94,16 @@ def test_the_segmenter_sees_red_as_red(monkeypatch, tmp_path):
         assert cv2.imread(f"frames/{phase1.sequence_names(args)[index]}/00000.png")[0, 0].tolist() == colour
 
 
-def test_a_batch_is_its_phrases(models):
-    """Grounding DINO as well: several phrases at once, of unlike lengths, give what each gives alone."""
+@pytest.mark.parametrize("detector", ["dino", "owl"])
+def test_a_batch_is_its_phrases(models, detector):
+    """Several phrases at once, of unlike lengths, give what each gives alone."""
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8).repeat(2, 1).repeat(2, 2)  # the detector's own size
-    segment = phase1.load_sam(arguments(models, "dino", box_threshold=0.1), CPU)
+    segment, phrases = phase1.load_sam(arguments(models, detector, box_threshold=0.1), CPU), ["hand", "a big hammer"]
     for frame in frames:
-        together = segment(frame, ["hand", "hammer and nail"])
+        together = segment(frame, phrases)
         assert together.any()
-        for mask, phrase in zip(together, ["hand", "hammer and nail"], strict=True):
+        for mask, phrase in zip(together, phrases, strict=True):
             assert (mask != segment(frame, [phrase])[0]).mean() < 0.002  # orders of summation differ
 
 

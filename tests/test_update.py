@@ -1147,7 +1147,8 @@ def test_replay_that_is_not_whole_is_not_used(tmp_path):
     for path in tmp_path.glob("*.state.pt"):
         path.unlink()
     again = make_run(2, capacity=200)
-    assert rl.load_state(tmp_path, *again) is None
+    with pytest.raises(UserError, match="none of its checkpoints can be used"):
+        rl.load_state(tmp_path, *again)
     live(*again, 1)
     rl.save_state(tmp_path, rl.Progress(step=10), *again, rl.Progress())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000000010.replay.pt", "0000000010.state.pt"]
