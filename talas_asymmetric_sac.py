@@ -154,7 +154,7 @@ def find_masker(args: Args, which: str) -> tuple[Masker, dict[str, str]]:
     path = folder / f"{which}.pt"
     if not args.masker_path and not path.is_file():
         print(f"no {which} in {folder}: making one first, by Phases I and II, or waiting for a run that does", flush=True)
-        print("(on two cores ten minutes or so; for cartpole's and the cup's students half an hour)", flush=True)
+        print("(on two cores ten minutes or so; cartpole's and the cup's up to half an hour)", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # runs that start together wait here for one another: the masker is made once
             for script, makes in (("talas_phase1.py", "teacher"), ("talas_phase2.py", "student")):
