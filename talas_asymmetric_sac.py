@@ -825,7 +825,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             check("a weight", agent.parameters())
             progress.seconds, tried = time.time() - began, progress.step
             with curves():
-                writer.flush()  # a run that goes on takes the curves up to here for granted
+                writer.flush()  # a run that goes on counts on these curves, and TensorFlow's writer, if it is installed, keeps them for minutes
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
             with saving("a checkpoint to resume from"):
                 saved = save_state(kept, progress, agent, replay, action_space, saved)

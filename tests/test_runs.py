@@ -74,6 +74,20 @@ def short(tmp_path, monkeypatch):
     return lambda *other: rl.main(*rl.read_args([*args, *other]))
 
 
+def test_a_checkpoint_comes_after_what_it_counts_on(monkeypatch, short):
+    """A run that goes on from it writes neither the curves nor the table's lines up to there again."""
+    done, save, flush = [], rl.save_state, SummaryWriter.flush
+
+    def look(folder, progress, *rest):
+        done.append((progress.step, (folder.parent / "returns.csv").read_text().splitlines()[-1].split(",")[0]))
+        return save(folder, progress, *rest)
+
+    monkeypatch.setattr(rl, "save_state", look)
+    monkeypatch.setattr(SummaryWriter, "flush", lambda self: (done.append("flushed"), flush(self))[1])
+    short()
+    assert [done[: i + 1][-2:] for i, each in enumerate(done) if each != "flushed"] == [["flushed", (step, str(step))] for step in (20, 40, 60)]
+
+
 NOT_FINITE = [("a loss", "obs", "4[3-5]"), ("an action", "pixels", 42), ("a reward or an observation", "rewards", 45), ("a weight", None, 60)]
 
 
