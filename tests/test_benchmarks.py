@@ -168,7 +168,7 @@ def test_tables_and_figures_come_from_the_committed_files(tmp_path):
     assert {name: (tmp_path / name).read_text() for name in committed} == committed
     figures.main(figures.Args(results=str(results)))
     drawn = {path.name for path in results.glob("*.png")}
-    curves = {"cartpole.png", "cartpole_ablations.png", "cartpole_long.png", "cartpole_seed2.png", "hammer.png"}
+    curves = {"ball_in_cup_catch.png", "cartpole.png", "cartpole_ablations.png", "cartpole_long.png", "cartpole_seed2.png", "hammer.png"}
     curves |= {"encoders.png", "h100.png", "h100_five.png", "layer_norm.png", "one_masker.png", "states.png", "unitree_stand.png", "walker_stand.png"}
     assert drawn == curves | {"embeddings.png", "returns.png", "walker_encoders.png"}
     for name in drawn:
