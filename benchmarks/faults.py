@@ -87,8 +87,11 @@ def kill(args: Args, folder: Path) -> dict[str, float]:
             time.sleep(0.001)
         process.kill()
         out = process.communicate()[0]
+        if process.returncode == 0:
+            print(f"\nthe run came to its end after {result['kills']} kills; more of them take more --kill-steps")
+            break
         if process.returncode != -9:
-            raise SystemExit(f"error: the run came to its end after {result['kills']} kills; give more --kill-steps\n{out}")
+            raise SystemExit(f"error: after {result['kills']} kills the run ended with exit code {process.returncode}\n{out[-2000:]}")
         result["kills"] += 1
         result["kills/while a checkpoint was written"] += writing
         result["kills/before the first checkpoint"] += not list(folder.glob("runs/*pieces*/resume/[0-9]*.state.pt"))
