@@ -44,7 +44,7 @@ CHEAP += ["--eval-settings", "train", "--torch-deterministic"]
 @dataclass
 class Args:
     kills: int = 30  # SIGKILLs; 0: leave them out
-    kill_steps: int = 2000  # agent steps of the run that is killed
+    kill_steps: int = 4000  # agent steps of the run that is killed
     soak_steps: int = 30_000  # agent steps of the soak; 0: leave it out
     soak_replay: int = 5000  # frames that its replay keeps
     seed: int = 0  # seeds the moments
