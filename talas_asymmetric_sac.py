@@ -296,7 +296,14 @@ class Agent(nn.Module):
     only saved with the rest."""
 
     def __init__(
-        self, args: Args, channels: int, proprio_dim: int, action_dim: int, masker: Masker | None, photos: torch.Tensor | None, clean_masker=None
+        self,
+        args: Args,
+        channels: int,
+        proprio_dim: int,
+        action_dim: int,
+        masker: Masker | None,
+        photos: torch.Tensor | None,
+        clean_masker: Masker | None = None,
     ):
         super().__init__()
         self.args, self.photos, self.spaces = args, photos, (channels, proprio_dim, action_dim)
@@ -687,14 +694,14 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     action_space = gym.vector.utils.batch_space(env.action_space, args.num_envs)
     action_space.seed(args.seed)
     kept, who_masks = run / "resume", (args.masker, args.clean_masker or args.masker)  # the augmented view, and the clean one
-    if total_steps < (reached := max((int(path.name[:10]) for path in kept.glob("[0-9]*.state.pt")), default=0)):
+    reached = max((int(path.name[:10]) for path in kept.glob("[0-9]*.state.pt")), default=0)
+    if total_steps < reached:
         raise UserError(f"--total-timesteps {args.total_timesteps:,}: {run} has made {reached:,} steps already")
 
     # ---- the frozen maskers, the photographs, the agent
-    resumed = any(kept.glob("[0-9]*.state.pt"))  # then the state brings the maskers, those that replay's masks are of: their files may be others now
     found = {"none": (None, {"prompt": None, "segmenter": None})}
-    for which in who_masks:
-        found[which] = found.get(which) or ((Masker(), {}) if resumed else find_masker(args, which))
+    for which in who_masks:  # a state brings the maskers along, those that replay's masks are of: their files may be others now
+        found[which] = found.get(which) or ((Masker(), {}) if reached else find_masker(args, which))
     (masker, about), (clean_masker, _) = (found[which] for which in who_masks)
     both = "both" in (args.critic_views, args.actor_views)
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if both else None
@@ -713,8 +720,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     # ---- the run's folder, as the last checkpoint left it
     open_run(run, args, cleanup)
     learning_starts = max(args.num_envs, min(args.learning_starts, 4 * total_steps // 5))
-    progress = Progress(episodes=[0] * args.num_envs, learning_starts=learning_starts, about=about)
-    progress = load_state(kept, agent, replay, action_space) if resumed else progress
+    fresh = Progress(episodes=[0] * args.num_envs, learning_starts=learning_starts, about=about)
+    progress = load_state(kept, agent, replay, action_space) if reached else fresh
     if args.track:
         import wandb
 

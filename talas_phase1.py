@@ -309,8 +309,8 @@ def collect(args: Args, prompt: str, *wanted: tuple[dict[Kind, int], tuple[Setti
         length = args.sequence_length if "sequence" in counts else CLIP
         clips = [(kind, min(length, count - i)) for kind, count in counts.items() for i in range(0, count, length)]
         jobs += [(settings, index, *clip) for index, clip in enumerate(clips)]
-    collected = iter(in_processes(functools.partial(collect_clip, args, prompt), jobs, "collect frames"))
-    parts = [[next(collected) for job in jobs if job[0] == settings] for _, settings in wanted]
+    collected = in_processes(functools.partial(collect_clip, args, prompt), jobs, "collect frames")
+    parts = [[clip for job, clip in zip(jobs, collected, strict=True) if job[0] == settings] for _, settings in wanted]
     return [{key: np.concatenate([clip[key] for clip in part]) for key in part[0]} for part in parts]
 
 
