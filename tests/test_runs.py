@@ -206,13 +206,12 @@ def test_a_replay_that_cannot_be_had(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread ends
 def test_curves_that_cannot_be_written_cost_only_themselves(tmp_path, monkeypatch, capsys, short):
-    """TensorBoard opens its file by name for every write; a folder of that name stands for a disk that does not take it."""
+    """TensorBoard opens its file by name for every write, from a thread: the full device takes the name in one step."""
 
     def writer(folder: Path, **kwargs) -> SummaryWriter:
         made = SummaryWriter(folder, **kwargs)
-        events = only(folder, "events*")
-        events.unlink()
-        events.mkdir()
+        (tmp_path / "full").symlink_to("/dev/full")
+        (tmp_path / "full").replace(only(folder, "events*"))
         return made
 
     monkeypatch.setattr(rl, "SummaryWriter", writer)
