@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 import tyro
 
@@ -66,8 +65,7 @@ def main(args: Args) -> None:
             for prompt in args.prompts or (own,):
                 began, masks = time.perf_counter(), []
                 for frame in large:
-                    found = segment(frame, envs.parse_prompt(prompt)).any(0)
-                    masks.append(cv2.resize(np.float32(found), (size, size), interpolation=cv2.INTER_AREA) > 0.5)
+                    masks.append(phase1.resize_mask(segment(frame, envs.parse_prompt(prompt)).any(0), size))
                 seconds = (time.perf_counter() - began) / len(large)
                 rows.append((f"{Path(detector).name} at {threshold}, {args.sam_type}", prompt, np.stack(masks), seconds))
 
