@@ -93,10 +93,11 @@ def set_up_torch(name: str, seed: int, deterministic: bool) -> tuple[torch.devic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     with contextlib.suppress(AttributeError, OSError):  # glibc only
         # Keep freed tensors' pages: by default each step hands them back and pays for fresh ones, a tenth (bf16) to half (fp32) of an update's time.
-        options = (-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)  # mmap only from 1 GB, never trim, grow by 64 MB: all of them or,
-        all(ctypes.CDLL(None).mallopt(*option) for option in options)  # where an old glibc refuses the first, none: they would mmap everything
+        # M_MMAP_THRESHOLD 1 GB, M_TRIM_THRESHOLD never, M_TOP_PAD 64 MB. Where an old glibc refuses the first, all() leaves out the other two, which
+        # alone would fix that threshold at 128 KB and so have every tensor mapped anew.
+        all(ctypes.CDLL(None).mallopt(*option) for option in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)))
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: costs a tenth of the time, and all of replay's memory at once
-    return device, torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    return device, (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16())
 
 
 # Files and processes. What is written is there whole or not at all; what is read is data, never code; who is started ends with who started it.
@@ -115,7 +116,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         why = "is the disk full?" if isinstance(error, RuntimeError) else error.strerror or error
         raise OSError(f"{why}: '{path}'") from error
     finally:
-        with contextlib.suppress(OSError):  # as where its folder is a file
+        with contextlib.suppress(OSError):  # it has been renamed, as a rule; or its folder is a file
             temporary.unlink()
 
 
@@ -316,13 +317,13 @@ class SuiteTask(Loader):
     def reset(self, rng: np.random.Generator) -> None:
         self.env.task.random.seed(rng.integers(2**32))
         self.env.reset()
-        if self.physics._contexts:  # quadruped_escape uploads its terrain into one that nobody draws in, and whose end at the exit is a traceback
+        if self.physics._contexts:  # quadruped_escape makes one for its terrain; nobody draws in it, and its end at the exit is a traceback
             self.physics._free_rendering_contexts()
 
     def step(self, action: np.ndarray) -> tuple[float, bool, dict[str, Any]]:
         """One control step of an action in [-1, 1]. Returns (reward, terminated, info)."""
         timestep = self.env.step(self.ctrl(action))
-        return float(timestep.reward or 0), timestep.discount == 0, {}  # None: past its time limit dm_control begins a new episode by itself
+        return float(timestep.reward or 0), timestep.discount == 0, {}  # None where dm_control, past its time limit, has begun anew
 
 
 # RL-ViGen's A1: the scene around MuJoCo Menagerie's robot. Position targets (rad) per leg (abduction, hip, knee), legs FR, FL, RR, RL: the walk's
@@ -537,7 +538,7 @@ def load_colours(path: Path) -> list[dict[str, np.ndarray]]:
 
 # ------------------------------------------------------------------------------------------------------ the environment
 def close_renderer(renderer: mujoco.Renderer) -> None:
-    """MuJoCo's own (3.17) frees what it drew with in the OpenGL context of the moment: another environment's would be left drawing nothing."""
+    """MuJoCo's own close (3.17) frees in whichever OpenGL context is current, perhaps another environment's, which would then draw nothing."""
     renderer._gl_context.make_current()
     renderer.close()
 
@@ -589,7 +590,7 @@ class TalasEnv(gym.Env):
             raise UserError(f"{setting} needs DMControl-GB's media: --distractors FOLDER or TALAS_DISTRACTORS (`procedural` needs none)")
         if setting.startswith("video"):
             self._videos, self.videos_skipped = list_videos(self.distractors, setting)
-        try:  # before there is a renderer, which takes the textures along
+        try:  # before a renderer is made, which copies the textures
             if setting.startswith("color"):
                 self._palettes = load_colours(Path(self.distractors) / f"{setting}.pt")
                 self.task.recolour(self._palettes[0])
@@ -607,7 +608,7 @@ class TalasEnv(gym.Env):
         self.observation_space = gym.spaces.Dict(pixels=pixels, proprio=proprio)
 
     def _names(self) -> dict[str, str]:
-        """The vocabulary of a model that the table does not know: its bodies, the geoms of its world, all bodies, and what is a target."""
+        """The vocabulary of a model that the table does not know: each body, each geom of the world, "robot" (all bodies) and, if any, "target"."""
         bodies = [name for b in range(1, self.model.nbody) if (name := self.model.body(b).name)]
         world = [name for g in range(self.model.ngeom) if self.model.geom_bodyid[g] == 0 and (name := self.model.geom(g).name)]
         sites = [self.model.site(s).name for s in range(self.model.nsite)]
@@ -709,13 +710,13 @@ class TalasEnv(gym.Env):
         return np.logical_or.reduce(shown).any(0)
 
     def _lookup(self, phrase: str) -> dict[int, list[int]]:
-        """The ids that a noun phrase stands for, by MuJoCo's object type. A body stands for its geoms and sites, all bones for a skin."""
+        """The ids that a noun phrase stands for, by MuJoCo's object type. A body brings its geoms and sites, all bones bring their skin."""
         if phrase not in self.vocabulary:
             raise UserError(f"--prompt: {phrase!r} is not in {self.env_id}'s vocabulary; it can name: {', '.join(sorted(self.vocabulary))}")
         named = re.compile("|".join(fnmatch.translate(pattern) for pattern in self.vocabulary[phrase].split())).match
         model, trees = self.model, set()
         for b in range(1, model.nbody):  # parents come before their children
-            if named(model.body(b).name + "+") or model.body_parentid[b] in trees:
+            if named(model.body(b).name + "+") or model.body_parentid[b] in trees:  # "x+" or "x*": with all bodies below it
                 trees.add(b)
         bodies = trees | {b for b in range(1, model.nbody) if named(model.body(b).name)}
         found = {
@@ -733,7 +734,7 @@ class TalasEnv(gym.Env):
         return prompt if all(phrase in self.vocabulary for phrase in parse_prompt(prompt)) else self.row.prompt
 
     def show(self, state: list[np.ndarray], t: int) -> np.ndarray:
-        """(H, W, 3) uint8: a state taken from another setting of the same task (`get_state`), before this episode's background at step t."""
+        """(H, W, 3) uint8: a state taken from another setting of the same task (`get_state`), in front of this episode's background at step t."""
         mujoco.mj_setState(self.model, self.data, state[0], mujoco.mjtState.mjSTATE_INTEGRATION)
         for name, value in zip(self.EPISODE_FIELDS, state[1:], strict=True):
             getattr(self.model, name)[:] = value
@@ -795,7 +796,7 @@ def report(masker: torch.nn.Module, tests: dict[str, np.ndarray], device: torch.
     The sheet is a PNG to look at: a row per setting, frames of each kind of state and what the masker keeps of them.
     """
     figures, rows, n = {}, [], len(tests["masks"])
-    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})
+    chosen = sorted({0, n // 8, n // 4, n // 2, 5 * n // 8, 3 * n // 4, 7 * n // 8, n - 1})  # spread, random and good states come in this order
     print(f"\n{'test frames':<14}{'IoU':>8}{'IoU ±1px':>10}")
     for key, frames in ((key, frames) for key, frames in tests.items() if key != "masks"):
         pred = predict(masker, frames, device, bf16) > 0.5
@@ -820,7 +821,7 @@ Augmentation = Literal["overlay", "swap", "mix"]  # swap and mix need a mask, an
 
 
 def load_photographs(folder: str | None, count: int, seed: int, part: Literal["all", "train", "test"] = "all") -> torch.Tensor:
-    """(N, 3, 128, 128) uint8: a seeded sample of at most `count` images under a folder (or TALAS_OVERLAY); without one, 1,000 synthetic images.
+    """(N, 3, 128, 128) uint8: a seeded sample of at most `count` images under a folder (or TALAS_OVERLAY); without one, up to 1,000 synthetic images.
 
     Every tenth file is the maskers' `test` part, whatever the seed, a tenth of `count` drawn from it; the rest is `train`. Broken ones are skipped.
     """
@@ -900,10 +901,10 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
 
     overlay (the paper's):  τ(o) = (1 - α) o + α I
     swap (ours):            τ(o) = m o + (1 - m) I: what the clean mask m keeps, pasted on a photograph, as in video_hard
-    mix (ours):             10% clean, 40% overlay, 50% swap, in this order. Not everything beside a photograph is the agent: half of the swaps
-                            keep patches or horizontal bands of the scene as well, three of ten its lines and edges (a rail, a shadow). Four of
-                            five have seams nearly as keying's, where an edge's pixel is the agent's in part and else black: edges are darkened,
-                            each pixel by itself. Not everything in its colours is the agent: three photographs of ten are shifted to its mean one
+    mix (ours):             10% clean, 40% overlay, 50% swap, in this order, so that neither seams nor colours nor lines tell agent from background.
+                            Half of the swaps also keep patches or horizontal bands of the scene, three in ten its lines and edges (a rail, a shadow).
+                            Four in five darken the mask's edge, each pixel by itself, at random: keying leaves such seams, where a pixel is in part
+                            the agent's and else black. Three photographs in ten, overlays' too, are shifted to the agent's mean colour
 
     obs: (B, 3k, H, W) uint8, fp32 or (under autocast) bf16 in [0, 255]; mask: (B, k, H, W) in [0, 1], unused by overlay. Returns obs's shape, float.
     """
@@ -917,9 +918,9 @@ def augment(obs: torch.Tensor, mask: torch.Tensor | None, photos: torch.Tensor, 
     keep = mask.to(frames.dtype)  # (B, k, H, W)
     if kind == "swap":
         return torch.lerp(image, frames, keep.unsqueeze(2)).flatten(1, 2)
-    colour, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
-    recolour = colour / area.clamp(min=1) - image.mean((1, 3, 4))
-    tint = (torch.rand(batch, 1, device=device) < 0.3) & (area > 9)  # of nine pixels and fewer the colour is an accident
+    colour_sum, area = (frames.flatten(3) @ keep.flatten(2).unsqueeze(3)).sum((1, 3)), keep.sum((1, 2, 3)).unsqueeze(1)  # (B, 3), (B, 1)
+    recolour = colour_sum / area.clamp(min=1) - image.mean((1, 3, 4))
+    tint = (torch.rand(batch, 1, device=device) < 0.3) & (area > 9)  # of nine pixels or fewer, over all k frames, the colour is an accident
     image = (image + torch.where(tint, recolour, 0)[:, None, :, None, None].to(image.dtype)).clamp(0, 255)  # a GPU's autocast sums in fp32
     clean, overlaid = batch // 10, batch // 2  # the first tenth stays, the second half is swapped: samples come in no order
     parts = frames[:clean], torch.lerp(frames[clean:overlaid], image[clean:overlaid], alpha)

@@ -56,7 +56,7 @@ from envs import Augmentation, Setting, UserError, augment, make_env, mask_iou, 
 @dataclass
 class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
-    seed: int = 1  # seeds the agent: episodes, network, exploration, batches; a masker made on the way has the phases' own default
+    seed: int = 1  # seeds the agent: episodes, network, exploration, batches; a masker that is made first has Phase I's and II's default seed
     total_timesteps: int = 500_000  # agent steps, one action each; control steps are this times the action repeat
     action_repeat: int | None = None  # control steps per action; by default the task's own (cartpole 8, finger, Adroit and Unitree 2, others 4)
     reward: Literal["dense", "sparse"] = "dense"  # Adroit: the shaped reward, corrected and scaled, or the sparse one, which needs demonstrations
@@ -79,7 +79,7 @@ class Args:
     alpha_lr: float = 5e-4  # Adam's learning rate for the entropy temperature (β1 0.5, which is SVEA's)
     init_alpha: float = 0.1  # the entropy temperature at the start
     gamma: float = 0.99  # discount per agent step
-    tau: float = 0.01  # the target critic moves this share of the way at each update (no relation of the augmentation τ)
+    tau: float = 0.01  # the target critic moves this share of the way at each update (not the augmentation τ)
     shift: int = 4  # random shift of replayed observations, pixels (DrQ)
     encoder: Literal["sada", "medium", "small"] = "sada"  # SADA's four 3×3 convolutions; with more strides, a third (medium), a tenth of their cost
     hidden_dim: int = 1024  # width of the actor's and the critics' two hidden layers
@@ -94,13 +94,13 @@ class Args:
     # evaluation, logging, machine
     evaluate: str | None = None  # a checkpoint.pt: evaluate and film it, with its own arguments, on this --seed's episodes; train nothing
     eval_every: int = 25_000  # agent steps between evaluations; one always ends the run
-    eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10, or half as many as a short run has
+    eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10 or, if fewer, half as many as it trains on
     eval_settings: tuple[Setting, ...] | None = None  # by default train, video_easy, video_hard; without --distractors train, procedural
     resume: str | None = None  # folder of an interrupted run to go on with, by its own arguments; auto: the run that this same command began, if any
     checkpoint_every: int = 2500  # agent steps between checkpoints, each at the next end of an episode; replay, all of it, lies on the disk as well
     exp_name: str = "talas"  # names the run folder: runs/<env>__<exp_name>__<seed>__<time>-<process>
     device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks; losses are fp32. auto: bf16 where it is fast; fp32: on a GPU with TF32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks, losses are fp32; auto: bf16 where fast; fp32: TF32 convolutions on a GPU
     num_envs: int = 1  # environments, a process each; an agent step is an action in one of them, updates keep their number per agent step
     overlap: bool = True  # simulate and render the next frame during the update, whose replay then lacks it; --no-overlap: the textbook's order
     compile: bool = False  # torch.compile the update (needs g++ and Python's headers, and a minute or two at the first update)
@@ -149,7 +149,7 @@ class Masker(nn.Module):
 
 
 def find_masker(args: Args, which: str) -> tuple[Masker, dict[str, str]]:
-    """The student or teacher; its prompt and segmenter. Without --masker-path, a missing one is made first, by Phases I and II."""
+    """The student or teacher; its prompt and segmenter. Without --masker-path, a missing one is made first, by Phase I and, a student, Phase II."""
     folder = Path(args.masker_path or f"runs/maskers/{args.env}")
     path = folder / f"{which}.pt"
     if not args.masker_path and not path.is_file():
@@ -158,9 +158,9 @@ def find_masker(args: Args, which: str) -> tuple[Masker, dict[str, str]]:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # runs that start together wait here for one another: the masker is made once
             for script, makes in (("talas_phase1.py", "teacher"), ("talas_phase2.py", "student")):
-                if path.is_file() or (folder / f"{makes}.pt").is_file():  # by another run meanwhile; a teacher by hand, for a prompt of one's own
+                if path.is_file() or (folder / f"{makes}.pt").is_file():  # another run was first, or the user made the teacher
                     continue
-                if makes == "teacher" and (folder / "student.pt").is_file():  # which Phase I would delete
+                if makes == "teacher" and (folder / "student.pt").is_file():  # Phase I would delete it
                     raise UserError(f"{folder}: student.pt without the teacher.pt that it was made from; copy that too, or delete the student")
                 names = ("env", "overlay", "overlay_images", "device") + (("distractors",) if makes == "teacher" else ())
                 flags = [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(args, name))]
@@ -292,8 +292,8 @@ class Batch(NamedTuple):
 
 
 class Agent(nn.Module):
-    """The networks and the method's losses, as functions of tensors. `masker` masks the augmented view; clean_masker, which made replay's masks, is
-    only saved with the rest."""
+    """The networks and the method's losses, as functions of tensors. `masker` masks the augmented view. clean_masker, which makes replay's masks
+    (`faster`), is here only to be cast, moved and kept in a run's state with the others; checkpoint.pt is without it."""
 
     def __init__(
         self,
@@ -384,7 +384,7 @@ class Agent(nn.Module):
         self.alpha_optimizer.zero_grad()
         alpha_loss.backward()
         self.alpha_optimizer.step()
-        with torch.no_grad():
+        with torch.no_grad():  # Q̄ ← (1 − tau) Q̄ + tau Q; the encoder has no target copy
             torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.args.tau)
         metrics = {"qf_loss": critic_loss, "qf_values": q.mean(), "actor_loss": actor_loss, "alpha_loss": alpha_loss}
         metrics |= {"alpha": self.log_alpha.exp(), "entropy": -log_prob.mean()}
@@ -410,11 +410,12 @@ def observe(mask_of: Callable, obs: dict[str, np.ndarray], device: torch.device)
 class Replay:
     """Every frame once, as bytes, with its mask; stacks are put together when sampled. A ring of rows, in which the newest replaces the oldest.
 
-    Row n, in slot n % capacity, is a frame of one environment, with the action, reward and end that led to it; it is never changed, so a checkpoint
-    writes what is new. Its history, the numbers of the last k + 1 rows of its episode (k: frames of a stack), oldest first and n itself last, holds
-    both stacks of a transition: the observation before the action, [:k], and the one after it, [1:]. Before an episode's first frame stands that
-    frame; no transition leads to it. An episode of T steps is T + 1 rows, with other environments' between them: the row after n, if there is one,
-    is among the next 2·num_envs, and has n as its history[-2].
+    Rows are numbered as they are written. Row n lies in slot n % capacity and is never changed, so a checkpoint writes only what is new. It has one
+    environment's frame, the action, reward and termination that led to it, and its history: the numbers of its episode's last k + 1 rows (k: frames
+    of a stack), oldest first, n itself last. So history[:k] is the observation before the action, history[1:] the one after it. No action led to an
+    episode's first row; it stands in for those that are missing before it, so its own history is n, k + 1 times.
+    An episode of T steps has T + 1 rows, with other environments' between them: the row after n, if there is one, is among the next 2·num_envs, and
+    has n as its history[-2].
     What is large lies on the device, the book-keeping on the CPU, so that a batch is drawn without waiting for a GPU.
     """
 
@@ -469,12 +470,13 @@ class Replay:
         return frames.flatten(1, 2), masks, self.proprio[slots[:, -1]]
 
     def sample(self, batch_size: int) -> Batch:
-        """Transitions that are still whole, each as likely as any other: rows are drawn until enough of them are what one leads to."""
+        """Stored transitions, each as likely as any other: rows are drawn until enough of them have a whole history and an action that led there."""
         drawn = self.history[:0]
         while len(drawn) < batch_size:
             rows = self.history[torch.randint(min(self.n, self.capacity), (batch_size,))]  # (B, k + 1)
-            whole = self.history[rows[:, 0] % self.capacity, -1] == rows[:, 0]  # the oldest is still in its slot
-            drawn = torch.cat([drawn, rows[(rows[:, -2] < rows[:, -1]) & whole]])
+            whole = self.history[rows[:, 0] % self.capacity, -1] == rows[:, 0]  # its oldest row has not been overwritten
+            led_to = rows[:, -2] < rows[:, -1]  # not an episode's first row, whose history is only itself
+            drawn = torch.cat([drawn, rows[led_to & whole]])
         slots = (drawn[:batch_size] % self.capacity).to(self.frames.device, non_blocking=True)
         row = slots[:, -1]
         return Batch(*self._stacks(slots[:, :-1]), self.actions[row], self.rewards[row], self.dones[row], *self._stacks(slots[:, 1:]))
@@ -490,7 +492,7 @@ def free_memory(device: torch.device) -> float:
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 def save_agent(path: Path, agent: Agent, step: int, about: dict[str, str | None]) -> None:
-    """What --evaluate takes: the agent, with its masker, what that is about, and its arguments."""
+    """What --evaluate takes: the agent, with its masker, that one's prompt and segmenter, and its arguments."""
     weights = {key: value for key, value in agent.state_dict().items() if not key.startswith("clean_masker.")}  # not deployed
     envs.save_tensors(path, {"args": asdict(agent.args), "spaces": agent.spaces, "step": step, "weights": weights, **about})
 
@@ -512,14 +514,14 @@ def load_agent(path: Path, precision: str | None = None) -> tuple[Agent, dict]:
 
 @dataclass
 class Progress:
-    """What the loop counts."""
+    """What the loop counts and collects: with weights, replay and chance, all that a resumed run needs."""
 
     step: int = 0  # agent steps
     updates: int = 0
     seconds: float = 0.0  # of the loop, evaluations among them
     episodes: list[int] = field(default_factory=list)  # by environment, the episode that it begins next
     parts: dict[str, int] = field(default_factory=dict)  # replay's files, oldest first, with the number of rows written by the end of each
-    learning_starts: int = 0  # the step of the first update, as the run began: a short run's is earlier, and stays where it was if it becomes longer
+    learning_starts: int = 0  # random steps before the updates, fixed as the run begins: a short run's are fewer, and stay so if it becomes longer
     about: dict[str, str | None] = field(default_factory=dict)  # the masker's prompt and segmenter
     returns: list[str] = field(default_factory=lambda: ["step,episode,return,length,success,seconds,env"])  # the lines of returns.csv
     evaluations: list[str] = field(default_factory=lambda: ["step,figure,value"])  # and of evaluations.csv
@@ -583,12 +585,12 @@ def find_run(args: Args) -> Path | None:
     """The folder of the run to go on with: the one asked for, or for auto the newest in runs/ that was given these arguments, if there is one."""
     if args.resume != "auto":
         return Path(args.resume)
-    own = ("precision",) if args.precision == "auto" else ()  # auto became what it stands for
-    varies = dict.fromkeys(("resume", "checkpoint_every", "device", "compile", "cudagraphs", *own))
-    asked = json.loads(json.dumps(asdict(args) | varies))
+    resolved = ("precision",) if args.precision == "auto" else ()  # args.json has what auto became
+    ignored = dict.fromkeys(("resume", "checkpoint_every", "device", "compile", "cudagraphs", *resolved))  # None on both sides: not compared
+    asked = json.loads(json.dumps(asdict(args) | ignored))
     for path in sorted(Path("runs").glob(f"{args.env}__{glob.escape(args.exp_name)}__{args.seed}__*/args.json"), reverse=True):
         with suppress(ValueError, TypeError, OSError):
-            if asdict(Args()) | json.loads(path.read_text()) | varies == asked:  # a flag that did not exist then had its default
+            if asdict(Args()) | json.loads(path.read_text()) | ignored == asked:  # a flag that did not exist then had its default
                 return path.parent
     return None
 
@@ -606,15 +608,16 @@ def saving(what: str, said: set[str] = set()) -> Iterator[None]:  # noqa: B006
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
 PATIENCE = 300  # seconds that a worker may take for a step; for an episode, three times as long
-load_agent_once, make_env_once = lru_cache(1)(load_agent), lru_cache(make_env)  # once per process, whatever it plays
+load_agent_once, make_env_once = lru_cache(1)(load_agent), lru_cache(make_env)  # once per process; each evaluation has new ones
 
 
 def play(path: Path, args: Args, job: tuple[Setting, int]) -> tuple[float, float, list[list[float]], list[np.ndarray], int]:
     """One episode of the mean policy of the agent in `path`, on the CPU: the return; whether it was a success (NaN: cannot be said); IoU, without
     and with a pixel of tolerance, of its masks with the simulator's at every fifth step; of episode 0 the film, as (84, 252, 3) uint8; and how many
     of the setting's videos could not be decoded."""
-    (setting, episode), (agent, checkpoint) = job, load_agent_once(path, args.precision if envs.cpu_has_bf16() else "fp32")
-    env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))
+    setting, episode = job
+    agent, checkpoint = load_agent_once(path, args.precision if envs.cpu_has_bf16() else "fp32")
+    env = make_env_once(args.env, setting, args.seed + 10_000, **env_options(args))  # other episodes than training's
     obs, info = env.reset(options={"episode": episode})
     total, ious, film, step, done = 0.0, [], [], 0, False
     while not done:
@@ -659,7 +662,7 @@ def evaluate(path: Path, args: Args, settings: tuple[Setting, ...], episodes: in
         iou = np.concatenate(ious).mean(0) if ious[0] else np.full(2, math.nan)
         figures |= {f"eval/{setting}/return_mean": float(mean), f"eval/{setting}/return_std": float(std), f"eval/{setting}/episodes": episodes}
         optional = {f"eval/{setting}/success_rate": success, f"iou/{name}": iou[0], f"iou_1px/{name}": iou[1]}
-        optional[f"eval/{setting}/videos_skipped"] = skipped[0] or math.nan  # another set of videos than a comparison has
+        optional[f"eval/{setting}/videos_skipped"] = skipped[0] or math.nan  # its return is over fewer videos than others'
         figures |= {key: float(value) for key, value in optional.items() if not np.isnan(value)}
         table += f"\n{setting:<12}{mean:9.1f}{std:8.1f}{'–' if np.isnan(iou[0]) else f'{iou[0]:.3f}':>10}"
         table += f"{'–' if np.isnan(success) else f'{success:.0%}':>9}"
@@ -677,7 +680,7 @@ def faster(agent: Agent, clean_masker: Masker | None, args: Args, device: torch.
     mask_of, policy, update = partial(mask_stack, clean_masker), partial(agent.policy, mean=False), agent.update
     if args.compile:
         update = torch.compile(update, options={"fallback_random": True})  # eager mode's random numbers
-    if args.cudagraphs and device.type == "cuda":  # They read tensors; a Python number stays as captured
+    if args.cudagraphs and device.type == "cuda":  # a graph replays what it captured: tensors may change, a Python number may not
         os.environ.setdefault("TD_LOGGING_LEVEL", "WARNING")  # or it tells of every capture
         from tensordict.nn import CudaGraphModule  # takes a second or two
 
@@ -693,19 +696,20 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     episodes = args.eval_episodes or max(1, min(10, total_steps // (2 * env.episode_steps)))
     action_space = gym.vector.utils.batch_space(env.action_space, args.num_envs)
     action_space.seed(args.seed)
-    kept, who_masks = run / "resume", (args.masker, args.clean_masker or args.masker)  # the augmented view, and the clean one
+    kept = run / "resume"
+    who_masks = (args.masker, args.clean_masker or args.masker)  # of the augmented view, and of the clean one
     reached = max((int(path.name[:10]) for path in kept.glob("[0-9]*.state.pt")), default=0)
     if total_steps < reached:
         raise UserError(f"--total-timesteps {args.total_timesteps:,}: {run} has made {reached:,} steps already")
 
     # ---- the frozen maskers, the photographs, the agent
     found = {"none": (None, {"prompt": None, "segmenter": None})}
-    for which in who_masks:  # a state brings the maskers along, those that replay's masks are of: their files may be others now
+    for which in who_masks:  # resumed: load_state brings the weights that made replay's masks; the files may have changed since
         found[which] = found.get(which) or ((Masker(), {}) if reached else find_masker(args, which))
     (masker, about), (clean_masker, _) = (found[which] for which in who_masks)
     both = "both" in (args.critic_views, args.actor_views)
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed).to(device) if both else None
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # anew: making a Masker has drawn from it
     agent = Agent(args, *spaces, masker, photos, clean_masker).to(device)
     capacity = min(args.replay_size, total_steps + total_steps // env.episode_steps + 8 * args.num_envs)
     free = free_memory(device)
@@ -737,7 +741,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                 writer.add_scalar(key, value, progress.step)
 
     def write_table(name: str, lines: list[str]) -> None:
-        """Whole each time: what a run that goes on had in it from after its checkpoint is gone."""
+        """Whole each time: a resumed run's table loses its lines from after the checkpoint."""
         with saving(name):
             envs.write_whole(run / name, partial(Path.write_text, data="\n".join([*lines, ""])))
 
@@ -750,7 +754,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
         save_agent(run / "checkpoint.pt", agent, progress.step, progress.about)
         try:
             figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
-        except UserError as error:  # media that are gone: like a disk
+        except UserError as error:  # lost media count as a lost disk: `saving` says so, and the run goes on
             raise OSError(str(error)) from None
         progress.evaluations += [f"{progress.step},{key},{value:.4f}" for key, value in figures.items()]
         write_table("evaluations.csv", progress.evaluations)
@@ -776,7 +780,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             batch = replay.sample(args.batch_size)
             metrics = update(batch)
             progress.updates += 1
-            look = progress.updates % 100 == 1  # metrics stay on a GPU until then: it waits for nobody
+            look = progress.updates % 100 == 1  # until then metrics stay on a GPU, and nothing waits for it
             if look or device.type == "cpu":
                 check("a loss", metrics.values(), **batch._asdict(), **metrics)
             if look:
@@ -791,8 +795,9 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     makers = [partial(envs.make_env_in_worker, args.env, **chance, **env_options(args)) for chance in chances]
     # The loop resets them itself: then an ended episode's last observation comes like any other. Gymnasium's default inserts a step for the reset.
     vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    cleanup.callback(setattr, vec_env, "closed", True)  # the processes themselves are main's to end
-    began, saved, tried = time.time() - progress.seconds, replace(progress), progress.step
+    cleanup.callback(setattr, vec_env, "closed", True)  # or its destructor would wait for the processes; main kills them
+    began = time.time() - progress.seconds  # as if there had been no interruption
+    saved, tried = replace(progress), progress.step  # the last state that was saved; the step at which that was last tried
     ended = np.ones(args.num_envs, bool)
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
 
@@ -832,7 +837,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
             check("a weight", agent.parameters())
             progress.seconds, tried = time.time() - began, progress.step
             with curves():
-                writer.flush()  # a run that goes on counts on these curves, and TensorFlow's writer, if it is installed, keeps them for minutes
+                writer.flush()  # a resumed run keeps these curves, and TensorFlow's writer, if installed, would hold them back for minutes
             # No simulator's state is saved: an environment in the middle of an episode (others may be) will go on with its next one.
             with saving("a checkpoint to resume from"):
                 saved = save_state(kept, progress, agent, replay, action_space, saved)
@@ -850,7 +855,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
 # ------------------------------------------------------------------------------------------------------------ main
 def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
-    """The command line's arguments, and the run that is to go on. --resume and --evaluate begin with that run's or agent's own, and change few."""
+    """The command line's arguments, and the folder of the run to go on with, if any. With --resume or --evaluate the defaults are that run's or
+    agent's own arguments, and only the flags in `free`, of which the first is --resume or --evaluate itself, may differ from them."""
     args, run = tyro.cli(Args, args=argv, description=__doc__), None
     args.env = envs.resolve_env_id(args.env)
     if args.evaluate is not None:
@@ -866,12 +872,12 @@ def read_args(argv: list[str] | None = None) -> tuple[Args, Path | None]:
             raise UserError(f"--resume {run}: not the folder of a run of this script (args.json: {envs.brief(error)})") from None
     else:
         return args, None
-    args = tyro.cli(Args, args=argv, default=own)
+    args = tyro.cli(Args, args=argv, default=own)  # once more, over its own arguments
     args.env = envs.resolve_env_id(args.env)
     for key in vars(args):
         if key not in free and getattr(args, key) != getattr(own, key):
-            flag, beside, *allowed = (f"--{name.replace('_', '-')}" for name in (key, *free))
-            raise UserError(f"{flag}: {run or args.evaluate} has its own, {getattr(own, key)}; beside {beside} only {', '.join(allowed)}")
+            flag, mode, *allowed = (f"--{name.replace('_', '-')}" for name in (key, *free))
+            raise UserError(f"{flag}: {run or args.evaluate} has its own, {getattr(own, key)}; beside {mode} only {', '.join(allowed)}")
     return args, run
 
 
@@ -888,7 +894,7 @@ def main(args: Args, run: Path | None = None) -> None:
     if args.track and not importlib.util.find_spec("wandb"):
         raise UserError("--track needs Weights & Biases: pip install wandb")
     settings = settings_of(args.eval_settings, args.distractors)
-    for setting in dict.fromkeys((*settings, "train")):  # better an error now than after the training
+    for setting in dict.fromkeys((*settings, "train")):  # better an error now than after the training; train asks the last one for its sizes
         env = make_env(args.env, setting, args.seed, **env_options(args))
         env.reset()
         env.close()

@@ -11,7 +11,7 @@ masker ψ_T, learns to do the same in a fraction of a millisecond.
 Three segmenters turn frames and a prompt into masks. `sim`, the default, looks the prompt's phrases up in the simulator: privileged
 masks, the yardstick that needs no download. `sam` finds each phrase with an open-vocabulary detector and cuts it out with Segment
 Anything. `masks` reads what any other tool made of frames that --export-frames wrote: above all SAMWISE, a video model, the paper's.
-Whoever made them, they lie as <phrase>.../<sequence>/<number>.png, a binary image for each frame: the interface, and the cache.
+The masks of these two lie as <phrase>.../<sequence>/<number>.png, a binary image for each frame: the interface, and the cache.
 """
 
 import fnmatch
@@ -46,8 +46,8 @@ from envs import Setting, TalasEnv, UserError, augment, make_env, mask_iou, mujo
 @dataclass
 class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
-    prompt: str | None = None  # what belongs to the task, in plain English; by default the task's own. With masks: what their IoU is measured against
-    segmenter: Literal["sim", "sam", "masks"] = "sim"  # who makes the masks, see above; masks: another tool, of --export-frames' frames, in --masks
+    prompt: str | None = None  # what belongs to the task, in plain English; by default the task's own. With masks: only for the report of their IoU
+    segmenter: Literal["sim", "sam", "masks"] = "sim"  # who makes the masks, see above; masks: another tool, and --masks says where they are
     seed: int = 1  # seeds the frames, the network and the batches
     frames: int | None = None  # clean frames to train on; by default 5,000, fewer on tasks that render slowly, of the cup 10,000
     test_frames: int = 500  # frames that training never sees, for the IoU figures
@@ -57,13 +57,13 @@ class Args:
     reconstruction_coef: float = 0.0  # weight of the page's Figure 1's masked reconstruction ‖ψ(o)⊙o − m*⊙o‖² beside the cross-entropy (our reading)
     distractors: str | None = None  # folder with DMControl-GB's video_easy/ and video_hard/, only to report IoU on; or set TALAS_DISTRACTORS
     overlay: str | None = None  # folder of photographs, only to report IoU on; or set TALAS_OVERLAY; synthetic images without one
-    overlay_images: int = 5000  # how many photographs to sample from the folder
+    overlay_images: int = 5000  # Phase II's number of photographs; a tenth as many, which it never sees, are sampled here
     output: str | None = None  # where teacher and frames go (Phase II's --maskers, the agent's --masker-path); by default runs/maskers/<env>
 
     # the segmenters sam and masks
-    segment_frames: int = 1000  # frames to segment, instead of --frames, in whole sequences: rendering them large and the models are slow
+    segment_frames: int = 1000  # frames to segment, instead of --frames, in whole sequences: large frames and the models are slow
     segment_size: int = 512  # pixels, height and width, of what the models see; a pixel of 84×84 is the mask's if an eighth of it is
-    sequence_length: int | None = None  # consecutive frames in a sequence, of which half begin in spread states; by default 16, with sam 1
+    sequence_length: int | None = None  # consecutive frames in a sequence (half of these begin in spread states); by default 16, where sam segments 1
     export_frames: str | None = None  # write the frames to this folder, as <sequence>/<number>.png, and stop
     masks: tuple[str, ...] = ()  # folders of masks, <sequence>/<number>.png, 0 and 255, square; several are united; name them by their phrases
     detector: str = "IDEA-Research/grounding-dino-tiny"  # or OWLv2, google/owlv2-base-patch16-ensemble: by its name on the hub, or a local folder
@@ -111,7 +111,7 @@ class Masker(nn.Module):
 
 
 def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor, reconstruction_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """BCE(ψ(o), m*) and ‖ψ(o)⊙o − m*⊙o‖² (mean over pixels and colours, o in [0, 1]); logits, target (N, H, W); frames (N, 3, H, W) in [0, 255]."""
+    """BCE(ψ(o), m*), and ‖ψ(o)⊙o − m*⊙o‖² (o in [0, 1]; a mean; 0 if its weight is); logits, target (N, H, W), frames (N, 3, H, W) in [0, 255]."""
     bce = F.binary_cross_entropy_with_logits(logits, target)
     if not reconstruction_coef:
         return bce, torch.zeros_like(bce)
@@ -121,7 +121,8 @@ def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor
 # ------------------------------------------------------------------------------------------------------------ the states to look at
 Kind = Literal["spread", "random", "good", "sequence"]
 
-# Joint ranges (rad, m). `spread`: in place of the joints' own limits, or of none. `good`: a good policy's; other tasks and joints stay as reset.
+# Joint ranges (rad, m), cut to a joint's limits if it has some. SPREAD: instead of those limits, or where a slide has none. GOOD: a good policy's;
+# joints that are not named stay as reset left them (free bodies are turned all the same), and Adroit's other tasks have ARM.
 SPREAD = {"ball_in_cup_catch": {"cup_x": (-0.25, 0.25), "cup_z": (-0.2, 0.3), "ball_x": (-0.35, 0.35), "ball_z": (-0.15, 0.7)}}
 GOOD = {
     "cartpole_swingup": {"hinge_1": (-0.3, 0.3), "slider": (-0.8, 0.8)},
@@ -133,37 +134,37 @@ GOOD = {
     "pen": {"WRJ*": (-0.15, 0.15)},
 }
 GOOD |= {"walker_stand": GOOD["walker_walk"], "unitree_stand": GOOD["unitree_walk"]}
-ARM = {"AR*": (-2, 2), "WRJ*": (-2, 2)}  # Adroit's arm and wrist, to their limits; of many such poses the one nearest to the goal is taken
+ARM = {"AR*": (-2, 2), "WRJ*": (-2, 2)}  # arm and wrist anywhere, within their limits; of fifty such poses one near the goal is taken, see GOALS
 GOALS = {"pen": ("S_grasp", "S_grasp"), "door": ("S_grasp", "S_handle"), "hammer": ("tool", "S_target"), "relocate": ("S_grasp", "target")}
 
 
 def scatter_joints(env: TalasEnv, kind: Literal["spread", "good"], rng: np.random.Generator) -> None:
-    """Every joint at random in its range, free bodies and walking robots in any pose (good: upright), on or a little above the ground."""
+    """Joints at random in their ranges (good: those that GOOD names), free bodies and walking robots in any pose (good: upright), near the ground."""
     model, data, hand = env.model, env.data, env.row.loader == "adroit"
     ranges = SPREAD.get(env.env_id, {}) if kind == "spread" else GOOD.get(env.env_id, ARM if hand else {})
-    width = rng.uniform(0.2, 1) if hand else 1.0  # twenty-four joints at their limits are a rare sight
-    height = None  # the index in qpos of what lifts the robot
+    width = rng.uniform(0.2, 1) if hand else 1.0  # a share of each range: all of a hand's joints near their limits at once would be a rare sight
+    lift = None  # the index in qpos of what lifts the robot
     for j in range(model.njnt):
         name, joint, q = model.joint(j).name, model.jnt_type[j], model.jnt_qposadr[j]
         span = next((span for pattern, span in ranges.items() if fnmatch.fnmatchcase(name, pattern)), None)
         if joint == mujoco.mjtJoint.mjJNT_FREE:
-            tumbled, tilt = kind == "spread" and rng.random() < 0.5, 0.3 if kind == "spread" else 0.04
+            tumbled, tilt = (rng.random() < 0.5, 0.3) if kind == "spread" else (False, 0.04)
             upright = Rotation.from_euler("ZYX", [rng.uniform(-np.pi, np.pi), *rng.normal(0, tilt, 2)])
             data.qpos[q + 3 : q + 7] = (Rotation.random(rng=rng) if tumbled else upright).as_quat(scalar_first=True)
             if env.row.loader == "unitree":
                 data.qpos[q : q + 2] = rng.uniform((-2, -2), (10, 2))  # where an episode gets: at x = 10 m the light is dimmer
-            height = q + 2 if height is None else height
+            lift = q + 2 if lift is None else lift
         elif span or (kind == "spread" and (model.jnt_limited[j] or joint == mujoco.mjtJoint.mjJNT_HINGE)):
             limits = model.jnt_range[j] if model.jnt_limited[j] else (-np.pi, np.pi)
             low, high = np.clip(span or limits, *limits)
             data.qpos[q] = (low + high) / 2 + width * (high - low) * rng.uniform(-0.5, 0.5)
-        height = q if name == "rootz" else height  # the suite's walkers' and cheetahs'; a slide of another name is not lifted
-    if height is not None:  # by its lowest point, over its geoms' boxes (centre, half sizes), along the world's z
+        lift = q if name == "rootz" else lift  # the suite's walkers' and cheetahs'; a slide of another name is not lifted
+    if lift is not None:  # until the lowest corner of its geoms' bounding boxes touches the ground, z = 0
         mujoco.mj_kinematics(model, data)
-        robot = np.flatnonzero(model.geom_bodyid > 0)
-        up, box = data.geom_xmat[robot, 6:], model.geom_aabb[robot]
-        lowest = np.min(data.geom_xpos[robot, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1))
-        data.qpos[height] += (0 if kind == "good" else rng.exponential(0.1)) - lowest
+        moving = np.flatnonzero(model.geom_bodyid > 0)
+        up, box = data.geom_xmat[moving, 6:], model.geom_aabb[moving]  # the world's z in each geom's axes; its box there: centre, half sizes
+        lowest = np.min(data.geom_xpos[moving, 2] + np.sum(up * box[:, :3], 1) - np.sum(np.abs(up) * box[:, 3:], 1))
+        data.qpos[lift] += (0 if kind == "good" else rng.exponential(0.1)) - lowest
 
 
 def place_object(env: TalasEnv, where: Literal["hand", "grip", "air", "table"], rng: np.random.Generator) -> None:
@@ -213,12 +214,13 @@ def place(env: TalasEnv, kind: Literal["spread", "good"], rng: np.random.Generat
             place_object(env, "grip" if kind == "good" else rng.choice(["hand", "hand", "air", "table"]), rng)
         data.qvel[:] = 0
         mujoco.mj_forward(model, data)
-        stuck, away = data.ncon > 0 and data.contact.dist.min() < -0.005, 0.0  # what is 5 mm deep in something would be shot out of it
+        away = 0.0
+        stuck = data.ncon > 0 and data.contact.dist.min() < -0.005  # what is 5 mm deep in something would be shot out of it
         if kind == "good" and env.env_id in GOALS:
             here, there = (data.site(site).xpos for site in GOALS[env.env_id])
             away = float(np.linalg.norm(here - there)) * rng.uniform(1, 2)  # not always the very nearest
         tries.append((stuck, away, data.qpos.copy()))
-        if not stuck and not away:
+        if not stuck and not away:  # with a goal never: the nearest of all fifty
             break
     data.qpos[:] = min(tries, key=lambda t: t[:2])[2]
     driven, kp = model.actuator_trnid[:, 0], -model.actuator_biasprm[:, 1]
@@ -232,44 +234,46 @@ def place(env: TalasEnv, kind: Literal["spread", "good"], rng: np.random.Generat
 def visit_states(env: TalasEnv, kind: Kind, count: int, rng: np.random.Generator) -> Iterator[None]:
     """Bring the simulation into `count` states to be looked at, and yield at each. Nothing is rendered here.
 
-    A random policy shows a masker only what a random policy sees: a pole that hangs, a walker that lies. So half of what it learns from are
-    `spread` states, from anywhere in the joints' ranges, settled for a few control steps. `good` states, for tests, are a good policy's. A `sequence`
-    is of consecutive agent steps, as a video model wants them, from a spread state or from within a random policy's episode.
+    A random policy shows a masker only what a random policy sees: a pole that hangs, a walker that lies. So half of the frames with the simulator's
+    masks are of `spread` states, from anywhere in the joints' ranges, settled for a few control steps. `good` states, for tests, are a good policy's.
+    A `sequence` is of consecutive agent steps, as a video model wants them, from a spread state or from within a random policy's episode.
     """
     task = env.task
     for i in range(count):
-        if kind in ("random", "sequence"):
-            steps = 1
-            if i == 0 or (kind == "random" and env.below_ground):  # a sequence is never cut
+        if kind in ("spread", "good"):
+            place(env, kind, rng)
+            for _ in range(rng.integers(0, 6)):
+                task.step(task.hold())
+        else:
+            steps = 1  # agent steps from the last state to this one
+            if i == 0 or (kind == "random" and env.below_ground):  # begin anew; a sequence is never cut
                 if kind == "sequence" and rng.random() < 0.5:
                     place(env, "spread", rng)
                 else:
                     task.reset(rng)
-                    steps = int(rng.integers(1, min(env.episode_steps // 2, env.episode_steps - count + 2))) if kind == "sequence" else 1
-                action, held = rng.uniform(-1, 1, env.model.nu), rng.choice([0.0, 0.8, 0.95])  # fresh noise, or pushes that get somewhere
+                    if kind == "sequence":  # begins in an episode's first half, where `count` steps are left
+                        steps = int(rng.integers(1, min(env.episode_steps // 2, env.episode_steps - count + 2)))
+                action = rng.uniform(-1, 1, env.model.nu)
+                keep = rng.choice([0.0, 0.8, 0.95])  # the chance that a control step keeps the last one's action: noise, or pushes that get somewhere
             if kind == "random":  # neighbouring steps look alike, and physics is cheap beside rendering
                 steps = rng.integers(1, 5)
             for _ in range(steps * env.repeat):
-                if rng.random() >= held:
+                if rng.random() >= keep:
                     action = rng.uniform(-1, 1, env.model.nu)
                 task.step(action)
-        else:
-            place(env, kind, rng)
-            for _ in range(rng.integers(0, 6)):
-                task.step(task.hold())
         yield
 
 
 # ------------------------------------------------------------------------------------------------------------ the frames
-CLIP = 50  # frames that a process collects in one go, from a seed of their own: the same frames, however many processes there are
+CLIP = 50  # states that a process collects in one go (of sequences: one), from a seed of their own: the same, however many processes there are
 make_env_once = functools.lru_cache(make_env)
 
 
 def collect_clip(args: Args, prompt: str, clip: tuple[tuple[Setting, ...], int, Kind, int]) -> dict[str, np.ndarray]:
-    """One clip's frames of n states: {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool, the simulator's}; by setting, how it shows these states;
-    and of sequences "masks/<phrase>", of each that the simulator knows."""
+    """One clip, n states: {"clean": (n, 3, H, W) uint8, "masks": (n, H, W) bool, the simulator's}; under each setting's name the same states in it,
+    as "clean"; of sequences also "masks/<phrase>", for each phrase that the simulator can name."""
     settings, index, kind, n = clip
-    rng = np.random.default_rng([args.seed, len(settings) > 0, index])  # without settings, training: the same states as sequence_frames'
+    rng = np.random.default_rng([args.seed, int(len(settings) > 0), index])  # 1: tests; 0: training, whose sequences sequence_frames visits again
     env, *others = (make_env_once(args.env, setting, args.seed, distractors=args.distractors) for setting in ("train", *settings))
     named = {"masks": env.nameable(prompt)}
     if kind == "sequence":
@@ -281,7 +285,7 @@ def collect_clip(args: Args, prompt: str, clip: tuple[tuple[Setting, ...], int, 
         for key, words in named.items():
             seen[key][i] = env.segment(words)
         for setting, other in zip(settings, others, strict=True):
-            if i % 25 == 0:  # a new background
+            if i % 25 == 0:  # a new background, two a clip
                 other.reset(options={"episode": 2 * index + i // 25})
             seen[setting][i] = other.show(env.get_state(), int(rng.integers(other.episode_steps))).transpose(2, 0, 1)
     return seen
@@ -303,15 +307,15 @@ def in_processes(function: Callable, jobs: Iterable, what: str) -> list:
 
 
 def collect(args: Args, prompt: str, *wanted: tuple[dict[Kind, int], tuple[Setting, ...]]) -> list[dict[str, np.ndarray]]:
-    """For each (counts, settings), collect_clip's frames of so many states of each kind. Those that are shown in settings are the tests."""
+    """For each (counts, settings), collect_clip's arrays of so many states of each kind. Settings (training: none) tell their clips apart."""
     jobs = []
     for counts, settings in wanted:
         length = args.sequence_length if "sequence" in counts else CLIP
         clips = [(kind, min(length, count - i)) for kind, count in counts.items() for i in range(0, count, length)]
         jobs += [(settings, index, *clip) for index, clip in enumerate(clips)]
     collected = in_processes(functools.partial(collect_clip, args, prompt), jobs, "collect frames")
-    parts = [[clip for job, clip in zip(jobs, collected, strict=True) if job[0] == settings] for _, settings in wanted]
-    return [{key: np.concatenate([clip[key] for clip in part]) for key in part[0]} for part in parts]
+    groups = [[clip for job, clip in zip(jobs, collected, strict=True) if job[0] == settings] for _, settings in wanted]
+    return [{key: np.concatenate([clip[key] for clip in group]) for key in group[0]} for group in groups]
 
 
 # ------------------------------------------------------------------------------------------------------------ the segmenters sam and masks
@@ -344,8 +348,8 @@ def export_sequence(args: Args, index: int) -> None:
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """(H, H) bool -> (size, size) bool, a pixel for an eighth of its area or more: that comes nearest to TalasEnv.segment's four points, with an IoU
-    of 0.96 (cup) to 0.99; a half has 0.64 to 0.90, and hardly a string."""
+    """(H, H) bool -> (size, size) bool: a pixel is set from an eighth of its area on. This agrees best with TalasEnv.segment's masks (IoU 0.96 on the
+    cup to 0.99); from half of its area on it would be 0.64 to 0.90, and the cup's string would all but vanish."""
     return cv2.resize(np.float32(mask), (size, size), interpolation=cv2.INTER_AREA if len(mask) > size else cv2.INTER_NEAREST) >= 1 / 8
 
 
@@ -412,11 +416,12 @@ def load_sam(args: Args, device: torch.device) -> Callable[[np.ndarray, list[str
 
 
 def run_sam(args: Args, phrases: list[str], device: torch.device) -> list[Path]:
-    """Write what is not there yet of a folder of masks per phrase, named by phrase, models, thresholds and size; returns the folders."""
+    """Segment by sam, into a folder of masks per phrase; returns the folders. They are a cache: named by phrase, models, thresholds and size, and
+    only sequences that lack a frame are segmented."""
     names, cache = sequence_names(args), Path(f"runs/segmented/{args.env}")
-    which = zlib.crc32(f"{args.detector} {args.sam_checkpoint}".encode())  # others, in other folders, may have these names as well
+    checksum = zlib.crc32(f"{args.detector} {args.sam_checkpoint}".encode())  # of whole paths: others, in other folders, may have these names as well
     models = f"{Path(args.detector).name}__{Path(str(args.sam_checkpoint)).stem}__{args.box_threshold}__{args.iou_threshold}__{args.segment_size}"
-    folders = [cache / (re.sub(r"[^\w-]+", "_", phrase) + f"__{models}__{which:08x}") for phrase in phrases]
+    folders = [cache / (re.sub(r"[^\w-]+", "_", phrase) + f"__{models}__{checksum:08x}") for phrase in phrases]
     wanted = [i for i, name in enumerate(names) if any(len([*(folder / name).glob("[0-9]*.png")]) < args.sequence_length for folder in folders)]
     segment = load_sam(args, device) if wanted else None
     for i in tqdm(wanted, "segment", unit="sequence", mininterval=1 if sys.stderr.isatty() else 15):
@@ -428,10 +433,10 @@ def run_sam(args: Args, phrases: list[str], device: torch.device) -> list[Path]:
 
 
 def masks_by_phrase(args: Args, prompt: str, device: torch.device, size: int) -> dict[str, np.ndarray]:
-    """The masks m* of sam or of another tool, (n, size, size) bool: "together", and by what their folders are named by, a phrase of the prompt."""
+    """The masks m* of sam or of another tool: {phrase: (n, size, size) bool, "together": their union}, a phrase as its folder is named."""
     folders = [Path(folder) for folder in args.masks] or run_sam(args, envs.parse_prompt(prompt), device)
     parts: dict[str, np.ndarray] = {}
-    for folder in folders:  # of one name, as by two tools: united
+    for folder in folders:  # two of one name, a phrase by two tools, are united
         name = re.sub("^(the|an?) ", "", folder.absolute().name.split("__")[0].replace("_", " ").lower())  # the_hand, or hand__dino__...: hand
         parts[name] = parts.get(name, False) | read_masks(args, folder, size)
     parts["together"] = np.any(list(parts.values()), axis=0)
@@ -478,7 +483,7 @@ def main(args: Args) -> None:
     if args.segmenter == "sim":
         env.segment(prompt)  # a phrase that the simulator does not know is an error before anything is written
     elif (yardstick := env.nameable(prompt)) != prompt:
-        print(f"the simulator cannot name all of {prompt!r}: IoU, but for single phrases, is with its masks of {yardstick!r}", flush=True)
+        print(f"the simulator cannot name all of {prompt!r}: IoU, except for single phrases, is with its masks of {yardstick!r}", flush=True)
     env.close()
     if args.export_frames:
         in_processes(functools.partial(export_sequence, args), range(len(sequence_names(args))), f"render {args.segment_size}² frames")
@@ -488,7 +493,7 @@ def main(args: Args) -> None:
 
 def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.device, bf16: bool) -> None:
     """Collect frames, train the teacher on the segmenter's masks of them (parts; if none, the simulator's), report, and write it all."""
-    torch.manual_seed(args.seed)  # anew: the segmenters' models, if they were built and not only their masks read, have drawn from it
+    torch.manual_seed(args.seed)  # anew: building the segmenters' models has drawn from it, reading their masks has not
     started, output = time.time(), Path(args.output or f"runs/maskers/{args.env}")
     run = Path(f"runs/{args.env}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     photos = envs.load_photographs(args.overlay, args.overlay_images, args.seed, "test")  # Phase II trains on the others
@@ -543,7 +548,8 @@ def train(args: Args, prompt: str, parts: dict[str, np.ndarray], device: torch.d
             if not loss.isfinite():
                 raise UserError(f"step {step}: the loss is {loss.item()}; give a lower --learning-rate")
             writer.add_scalar("losses/bce", bce.item(), step)
-            writer.add_scalar("losses/reconstruction", reconstruction.item(), step)
+            if args.reconstruction_coef:
+                writer.add_scalar("losses/reconstruction", reconstruction.item(), step)
             bar.set_postfix(bce=f"{bce.item():.4f}", refresh=False)
 
     # ---- what came of it

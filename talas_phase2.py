@@ -1,6 +1,6 @@
 """TaLaS, Phase II: the augmentation-consistent student.
 
-The teacher ψ_T knows clean frames only: before a video it fails. The student ψ_S, the same network started from the teacher's weights, sees
+The teacher ψ_T knows clean frames only: in front of a video it fails. The student ψ_S, the same network started from the teacher's weights, sees
 strongly augmented frames τ(o) and must give the teacher's mask of the clean frame o:
 
     min  BCE(ψ_S(τ(o)), ψ_T(o))          the teacher is frozen, and no segmentation model is in sight any more
@@ -133,8 +133,8 @@ def main(args: Args) -> None:
         batch = torch.randint(len(frames), (args.batch_size,))
         obs, target = frames_t[batch].to(device), masks_t[batch].to(device)  # (B, 3, H, W), (B, 1, H, W)
         # Only every other: a shift moves what is at the picture's edge out of it, or doubles it, and a masker has to know it unshifted as well.
-        for still, shifted in zip((obs, target), random_shift(obs, target, pad=args.shift), strict=True):
-            still[1::2] = shifted[1::2]
+        shifted_obs, shifted_target = random_shift(obs, target, pad=args.shift)
+        obs[1::2], target[1::2] = shifted_obs[1::2], shifted_target[1::2]  # in place: indexing by `batch` has made copies
         target = target / 255  # ψ_T(o)
         augmented = augment(obs, target, photos, args.augmentation)  # τ(o)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -151,7 +151,7 @@ def main(args: Args) -> None:
             writer.add_scalar("losses/bce", loss.item(), step)
             bar.set_postfix(bce=f"{loss.item():.4f}", refresh=False)
         if step % 1000 == 0:
-            some = slice(None, None, -(-args.batch_size // 8))  # of mix, some of each kind
+            some = slice(None, None, -(-args.batch_size // 8))  # eight, spread over the batch: of mix, some of each kind
             shown = torch.cat([augmented[some] / 255, (logits[some].sigmoid().float().unsqueeze(1) * augmented[some] / 255)], 3)
             writer.add_images("views/augmented_and_kept", shown.clamp(0, 1), step)
 

@@ -313,7 +313,7 @@ def test_another_yardstick_is_said(exported, monkeypatch, capsys):
     monkeypatch.chdir(exported)
     with pytest.raises(UserError, match="nowhere"):
         phase1.main(phase1.Args(env="hammer", segmenter="masks", masks=("nowhere",), segment_frames=48, prompt="the hand and its shadow"))
-    said = "cannot name all of 'the hand and its shadow': IoU, but for single phrases, is with its masks of 'the hand, the hammer and the nail'"
+    said = "cannot name all of 'the hand and its shadow': IoU, except for single phrases, is with its masks of 'the hand, the hammer and the nail'"
     assert said in capsys.readouterr().out
 
 
