@@ -2,8 +2,8 @@
 
     full        position, angle and both velocities
     positions   position and angle (its cosine and sine) in the last three frames: what a perfect encoder could read off whole poles
-    seen        the same, but cosine and sine are 0 where the picture shows less than a third of the pole: beyond its border, which the
-                cart can reach, and where the pole lies behind the rail
+    seen        the same, but cosine and sine are 0 where fewer than 20 of the pole's pixels show: beyond the picture's border, which
+                the cart can reach
 
 No encoder and no augmentation: what is left of the difference is the task's own. Of another task there is the full state, dm_control's own: how fast
 the update by itself learns it.
@@ -60,7 +60,7 @@ class State(gym.Wrapper):
             state = self.unwrapped.task.env.task.get_observation(self.unwrapped.physics)
             return {"pixels": black, "proprio": np.concatenate([np.ravel(part) for part in state.values()]).astype(np.float32)}
         (x, angle), (speed, spin) = self.unwrapped.physics.data.qpos, self.unwrapped.physics.data.qvel
-        self.hidden.append(self.unwrapped.segment("the pole").sum() < 20)  # of some 60 pixels
+        self.hidden.append(self.unwrapped.segment("the pole").sum() < 20)  # a whole pole has 55 to 95
         seen = self.variant != "seen" or not self.hidden[-1]
         self.frames.append([x, math.cos(angle) * seen, math.sin(angle) * seen] + ([speed / 2, spin / 8] if self.variant == "full" else []))
         return {"pixels": black, "proprio": np.array(self.frames, np.float32).ravel()}
