@@ -58,7 +58,7 @@ class Args:
     env: str = "walker_walk"  # the task; `python envs.py` lists them
     seed: int = 1  # seeds the agent: episodes, network, exploration, batches; a masker that is made first has Phase I's and II's default seed
     total_timesteps: int = 500_000  # agent steps, one action each; control steps are this times the action repeat
-    action_repeat: int | None = None  # control steps per action; by default the task's own (cartpole 8, finger, Adroit and Unitree 2, others 4)
+    action_repeat: int | None = None  # control steps per action; by default the task's own, as `python envs.py` lists it
     reward: Literal["dense", "sparse"] = "dense"  # Adroit: the shaped reward, corrected and scaled, or the sparse one, which needs demonstrations
 
     # the method and its ablations (README has the table; benchmarks/evaluate.py's METHOD and train_all.py's VARIANTS name runs by these flags)
@@ -94,7 +94,7 @@ class Args:
     # evaluation, logging, machine
     evaluate: str | None = None  # a checkpoint.pt: evaluate and film it, with its own arguments, on this --seed's episodes; train nothing
     eval_every: int = 25_000  # agent steps between evaluations; one always ends the run
-    eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10 or, if fewer, half as many as it trains on
+    eval_episodes: int | None = None  # episodes per setting, with the policy's mean action; by default 10, in training at most half as many as it has
     eval_settings: tuple[Setting, ...] | None = None  # by default train, video_easy, video_hard; without --distractors train, procedural
     resume: str | None = None  # folder of an interrupted run to go on with, by its own arguments; auto: the run that this same command began, if any
     checkpoint_every: int = 2500  # agent steps between checkpoints, each at the next end of an episode; replay, all of it, lies on the disk as well
@@ -750,7 +750,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
 
     def report(folder: Path | None) -> dict[str, float]:
         """Save, evaluate (films go into `folder`), log. What is drawn here leaves the run's random numbers alone."""
-        check("a weight", agent.parameters())
+        check("a weight", agent.parameters(), **agent.state_dict())
         save_agent(run / "checkpoint.pt", agent, progress.step, progress.about)
         try:
             figures = evaluate(run / "checkpoint.pt", args, settings, episodes, folder)
@@ -834,7 +834,7 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
                 figures = report(None)
                 bar.write(f"step {progress.step:,}: " + ", ".join(f"{s} {figures[f'eval/{s}/return_mean']:.1f}" for s in settings))
         if ended.any() and progress.step - tried >= args.checkpoint_every:
-            check("a weight", agent.parameters())
+            check("a weight", agent.parameters(), **agent.state_dict())
             progress.seconds, tried = time.time() - began, progress.step
             with curves():
                 writer.flush()  # a resumed run keeps these curves, and TensorFlow's writer, if installed, would hold them back for minutes

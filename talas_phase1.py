@@ -54,7 +54,7 @@ class Args:
     steps: int = 2000  # gradient steps
     batch_size: int = 32  # frames per gradient step; 64 leave a CPU's cache and take more than twice as long
     learning_rate: float = 5e-3  # Adam's peak learning rate; it warms up and decays to zero (one cycle)
-    reconstruction_coef: float = 0.0  # weight of the page's Figure 1's masked reconstruction ‖ψ(o)⊙o − m*⊙o‖² beside the cross-entropy (our reading)
+    reconstruction_coef: float = 0.0  # weight of the page's masked reconstruction (Figure 1), the mean of (ψ(o)⊙o − m*⊙o)², beside the cross-entropy
     distractors: str | None = None  # folder with DMControl-GB's video_easy/ and video_hard/, only to report IoU on; or set TALAS_DISTRACTORS
     overlay: str | None = None  # folder of photographs, only to report IoU on; or set TALAS_OVERLAY; synthetic images without one
     overlay_images: int = 5000  # Phase II's number of photographs; a tenth as many, which it never sees, are sampled here
@@ -111,7 +111,7 @@ class Masker(nn.Module):
 
 
 def masker_loss(logits: torch.Tensor, target: torch.Tensor, frames: torch.Tensor, reconstruction_coef: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """BCE(ψ(o), m*), and ‖ψ(o)⊙o − m*⊙o‖² (o in [0, 1]; a mean; 0 if its weight is); logits, target (N, H, W), frames (N, 3, H, W) in [0, 255]."""
+    """BCE(ψ(o), m*) and the mean of (ψ(o)⊙o − m*⊙o)² (0 if its weight is 0), o in [0, 1]; logits, target (N, H, W); frames (N, 3, H, W), bytes."""
     bce = F.binary_cross_entropy_with_logits(logits, target)
     if not reconstruction_coef:
         return bce, torch.zeros_like(bce)

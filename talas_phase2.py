@@ -35,7 +35,7 @@ class Args:
     seed: int = 1  # seeds the photographs, the batches and the augmentation
     augmentation: Augmentation = "mix"
     """τ. overlay: the paper's, half photograph, half frame; swap: what the teacher keeps, on a photograph; mix: both, see envs.augment"""
-    steps: int | None = None  # gradient steps; by default 5,000, on the A1 3,000, on the cup 10,000, on cartpole 14,000
+    steps: int | None = None  # gradient steps; by default 5,000, on the A1 3,000, on the cup 10,000, on cartpole_swingup 14,000
     batch_size: int = 32  # frames per gradient step; 64 leave a CPU's cache and take more than twice as long
     learning_rate: float | None = None
     """Adam's peak rate (one cycle); by default 1e-2, of more than 5,000 steps 4e-3: so long near 1e-2 may kill all ReLUs of a layer"""

@@ -30,9 +30,9 @@ class Args:
     labels: tuple[str, ...]
     """a name for each"""
     setting: envs.Setting = "video_hard"  # where the backgrounds come from; procedural needs no media
-    states: int = 10
-    backgrounds: int = 40
-    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS
+    states: int = 10  # moments of one episode, evenly spread
+    backgrounds: int = 40  # of each; at most as many as the setting has videos
+    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS; by default the run's own
     output: str = "results/embeddings"
     """writes <output>.csv"""
 

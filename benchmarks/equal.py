@@ -4,7 +4,7 @@
 
 Printed are the largest relative differences from the plain updates in a metric, up to the first, sixth and last update. They grow from one update to
 the next: what roundings come to by themselves is in the rows of weights that began a ten-millionth or a hundred-thousandth off. Ends with an error
-if a graph's update, policy or mask is not the same to the last bit, or its random numbers stand still.
+if a graph's policy or mask, or an uncompiled graph's update, is not the same to the last bit, or its random numbers stand still.
 """
 
 import itertools

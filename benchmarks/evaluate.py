@@ -1,5 +1,5 @@
-"""The final protocol for trained agents: so many episodes of the mean policy in each setting, with starts that training never had; every episode goes
-into a table, and what produced the agent into another. `benchmarks/tables.py` makes the rest of them.
+"""The final protocol for trained agents: so many episodes of the mean policy in each setting, with starts that training never had (the A1 has but
+one); every episode goes into a table, and what produced the agent into another. `benchmarks/tables.py` makes the rest of them.
 
     python benchmarks/evaluate.py --checkpoints runs/.../checkpoint.pt --episodes 100 --settings train video_easy video_hard
     python benchmarks/evaluate.py --checkpoints runs/.../checkpoint.pt --export results/agents       writes the agent alone, in fp16, as well

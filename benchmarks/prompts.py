@@ -28,13 +28,13 @@ class Args:
     prompts: tuple[str, ...] = ()  # by default the task's own
     detectors: tuple[str, ...] = ()  # names on the hub or local folders, for --segmenter sam
     box_thresholds: tuple[float, ...] = (0.3,)  # each detector is tried with each
-    sam_type: Literal["vit_b", "vit_l", "vit_h"] = "vit_b"
-    sam_checkpoint: str | None = None
-    masks: tuple[str, ...] = ()  # folders of other tools' masks
+    sam_type: Literal["vit_b", "vit_l", "vit_h"] = "vit_b"  # Segment Anything's size
+    sam_checkpoint: str | None = None  # its weights
+    masks: tuple[str, ...] = ()  # folders of other tools' masks, each of a whole prompt: here none are united
     frames: int = 64  # as many as were exported, with --masks
     size: int = 512  # pixels, of what the models see
     seed: int = 1  # of the frames
-    device: str = "auto"
+    device: str = "auto"  # cpu, cuda, cuda:1, ... or auto
     output: str = "results/prompts"
     """writes <output>.csv and <output>.png"""
 

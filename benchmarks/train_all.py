@@ -126,7 +126,7 @@ def main(args: Args) -> None:
         for process in running.values():
             process.terminate()
         for process in running.values():
-            process.wait()  # a checkpoint is finished, workers are ended
+            process.wait()  # it ends its workers
         bar.close()
 
     output = Path(args.output)

@@ -27,7 +27,7 @@ class Args:
     """of a run with a masker"""
     settings: tuple[Setting, ...] = ("train", "video_hard")  # each with both masks
     drawn: tuple[Setting, ...] = ("train", "procedural")  # the picture's: the project's own backgrounds, so that it can be shown anywhere
-    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS
+    distractors: str | None = None  # folder in DMControl-GB's layout; or set TALAS_DISTRACTORS; by default the run's own
     episodes: int = 10  # of each, with the policy's mean action; the same as the run's own evaluation
     output: str = "results/visited"
     """writes <output>.csv and <output>.png"""

@@ -65,10 +65,12 @@ def returns(folder: Path) -> list[dict[str, str]]:
 
 
 def wait_for(process: subprocess.Popen, cwd: Path, pattern: str, timeout: float = 120) -> None:
-    end = time.time() + timeout
-    while not list(cwd.glob(pattern)) and time.time() < end and process.poll() is None:
+    end = time.monotonic() + timeout
+    while not (found := list(cwd.glob(pattern))) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.02)
-    assert list(cwd.glob(pattern)) and process.poll() is None, process.communicate()
+    if not found or process.poll() is not None:
+        process.kill()
+        raise AssertionError(process.communicate(timeout=60))
 
 
 def children(pid: int) -> list[int]:
@@ -76,5 +78,7 @@ def children(pid: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

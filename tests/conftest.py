@@ -8,10 +8,27 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # whatever the machine has, what is tested is the CPU's
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # as envs.py does: a test may import MuJoCo before it
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: threads that wait for one another on a busy core cost many times what they bring
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """Torch is as it was, whatever ran before in this process; and no test plays in an environment that another has changed."""
+    import torch
+
+    import talas_asymmetric_sac as rl
+    import talas_phase1 as phase1
+
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+    for once in (rl.make_env_once, rl.load_agent_once, phase1.make_env_once):
+        once.cache_clear()
 
 
 def media(variable, what):
@@ -81,7 +98,7 @@ def refused(tmp_path, monkeypatch):
     def call(script, *args):
         module = importlib.import_module(script)
         with pytest.raises((envs.UserError, OSError)) as error:
-            module.main(*rl.read_args([*args, *SMALL])) if script == RL else module.main(tyro.cli(module.Args, args=args))
+            module.main(*rl.read_args([*SMALL, *args])) if script == RL else module.main(tyro.cli(module.Args, args=args))
         assert "\n" not in str(error.value) and not list(tmp_path.glob("runs/*__*"))
         return str(error.value)
 

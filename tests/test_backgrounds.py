@@ -462,13 +462,17 @@ def test_a_photograph_is_its_centre_square_in_rgb(tmp_path):
     assert (envs.read_photograph(tmp_path / "grey.png") == 200).all()
 
 
-def test_held_out_photographs_stay_held_out(tmp_path):
-    """Whatever the seed and the count, no photograph is in both parts."""
+def test_held_out_photographs_stay_held_out(tmp_path, monkeypatch):
+    """Whatever the seed and the count, no photograph is in both parts, with a folder and without. Of `count` a tenth is tested on."""
+    monkeypatch.delenv("TALAS_OVERLAY", raising=False)
+    train, test = (envs.load_photographs(None, 20, 1, part) for part in ("train", "test"))
+    assert (len(train), len(test)) == (20, 2) and not {p.numpy().tobytes() for p in train} & {p.numpy().tobytes() for p in test}
     write_photos(tmp_path, 24)
     train = {grey for seed in range(4) for grey in greys(envs.load_photographs(str(tmp_path), 20, seed, "train"))}
     test = {grey for seed in range(4) for grey in greys(envs.load_photographs(str(tmp_path), 20, seed, "test"))}
     assert not train & test and len(train) > 15 and len(test) > 1
     assert len(envs.load_photographs(str(tmp_path), 5000, 1, "train")) == 21 and len(envs.load_photographs(str(tmp_path), 5000, 1, "test")) == 3
+    assert len(envs.load_photographs(str(tmp_path), 20, 1, "test")) == 2
 
 
 def test_photograph_folders_that_are_empty_or_missing(tmp_path):

@@ -1,10 +1,12 @@
 """envs.py: the environment, the three loaders' rewards and states, masks and prompts, the command line. Videos and photographs: test_backgrounds."""
 
 import gc
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -687,7 +689,16 @@ def test_no_a1(monkeypatch, tmp_path, request, how):
         monkeypatch.setenv("MENAGERIE_ROOT", str(tmp_path / how))
     with pytest.raises(envs.UserError, match="MENAGERIE_ROOT") as error:
         envs.make_env("unitree_walk")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and ("no network" in str(error.value)) == (how == "no network")
+
+
+def test_online_is_whoever_gets_an_answer():
+    """If only that there is no such page."""
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:  # which knows no HEAD
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/file"
+        assert envs.online(url)
+    assert not envs.online(url)
 
 
 def run(*args, **kwargs):
@@ -715,7 +726,7 @@ def test_command_line_draws_a_sheet(tmp_path, monkeypatch):
     sheets = list(tmp_path.glob("*.png"))
     assert len(sheets) == 1 and sheets[0].name == "cheetah_run.png"
     sheet = cv2.imread(str(sheets[0]))
-    assert sheet.std() > 20 and sheet.shape[0] % 2 == 0 and sheet.shape[0] >= 2 * 84  # without media: a row for train, one for procedural
+    assert sheet.std() > 20 and sheet.shape == (2 * 252, 6 * 252, 3)  # without media: a row for train, one for procedural
     for setting in ("color_easy", "color_hard", "video_easy", "video_hard"):
         assert f"{setting}: " in result.stdout
 

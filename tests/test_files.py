@@ -40,9 +40,9 @@ def bounded():
     if (linux := Path("/proc/self/clear_refs")).exists():
         linux.write_text("5")  # forgets the peak that earlier tests have reached
         before = memory("VmRSS")
-    began = time.time()
+    began = time.process_time()  # not the clock's: on a busy machine another process may need that long to import torch
     yield
-    assert time.time() - began < 10
+    assert time.process_time() - began < 10
     assert not linux.exists() or memory("VmHWM") - before < 1_000_000
 
 
@@ -151,7 +151,7 @@ def test_a_film_that_cannot_be_written_is_an_oserror_that_says_why(tmp_path, ffm
     """In a process of its own: imageio looks for ffmpeg once."""
     code = f"import numpy, envs; envs.write_film(envs.Path({str(tmp_path / 'a.mp4')!r}), [numpy.zeros((16, 16, 3), numpy.uint8)] * 3)"
     variables = {key: value for key, value in (os.environ | {"IMAGEIO_FFMPEG_EXE": ffmpeg}).items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
     assert (done.returncode == 0) == (ffmpeg is None) == (tmp_path / "a.mp4").is_file(), done.stderr
     assert not said or said in done.stderr.splitlines()[-1]
 

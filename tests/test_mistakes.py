@@ -36,6 +36,13 @@ MISTAKES = [  # script, arguments, what the one line says
     (RL, [*NO_MASKER, "--num-envs=2", "--replay-size=199"], "at least 100 per environment"),
     (RL, [*NO_MASKER, "--gamma=1.5"], "--gamma 1.5: has to be a number from 0 to 1"),
     (RL, [*NO_MASKER, "--tau=1.5"], "--tau 1.5: has to be a number from 0 to 1"),
+    (RL, [*NO_MASKER, "--init-alpha=0"], "--init-alpha 0.0: has to be a number from 1e-06"),
+    (RL, [*NO_MASKER, "--learning-starts=-1"], "--learning-starts -1: has to be a number from 0"),
+    (RL, [*NO_MASKER, "--overlay-images=9"], "--overlay-images 9: has to be a number from 10"),
+    (PHASE1, ["--env=walker_walk", "--overlay-images=9"], "--overlay-images 9: has to be a number from 10"),
+    (PHASE2, ["--env=walker_walk", "--overlay-images=9"], "--overlay-images 9: has to be a number from 10"),
+    (PHASE1, ["--env=walker_walk", "--frames=1"], "--frames 1: has to be a number from 2"),
+    (PHASE1, ["--env=walker_walk", "--test-frames=3"], "--test-frames 3: has to be a number from 4"),
     (PHASE1, ["--env=walker_walk", "--prompt=the walker and the dragon"], "'dragon' is not in walker_walk's vocabulary; it can name: feet"),
     (PHASE1, ["--env=walker_walk", "--prompt="], "--prompt '' names nothing"),  # as of an empty variable of a shell
     (PHASE1, ["--env=hopper_hop", "--prompt=the target"], "'target' is not in hopper_hop's vocabulary; it can name: calf, floor, foot"),
@@ -94,8 +101,10 @@ def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tm
 
     resume = f"--resume={folder}"
     assert rl.read_args([resume]) == (replace(own, resume=str(folder)), folder)
-    longer = rl.read_args([resume, "--total-timesteps=500000", "--checkpoint-every=2500", "--device=cpu", "--precision=fp32"])[0]
-    assert (longer.total_timesteps, longer.checkpoint_every, longer.device, longer.precision) == (500_000, 2500, "cpu", "fp32")
+    given = {"total_timesteps": 500_000, "checkpoint_every": 2500, "device": "cpu", "precision": "fp32", "distractors": "x", "overlay": "y"}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    changed = rl.read_args([resume, *flags, "--compile", "--no-cudagraphs"])[0]
+    assert changed == replace(own, resume=str(folder), compile=True, cudagraphs=False, **given)
     for flags, named in ((["--batch-size=7"], "--batch-size: "), (["--env=hammer"], "--env: "), (["--gamma=0.99", "--num-envs=3"], "--num-envs: ")):
         with pytest.raises(envs.UserError, match=named):
             rl.read_args([resume, *flags])
@@ -106,8 +115,9 @@ def test_what_a_resumed_run_and_an_evaluated_agent_take_from_the_command_line(tm
     assert rl.read_args([*typed, auto, "--precision=fp32"])[1] is None
     assert rl.read_args([*typed, auto, "--seed=2"])[1] is None
 
-    agent = str(next((ROOT / "results/agents").glob("*.pt")))
-    args, nobody = rl.read_args(["--evaluate", agent, "--seed=7", "--eval-episodes=2"])
+    agent = str(next((ROOT / "results/agents").glob("cartpole*.pt")))
+    args, nobody = rl.read_args(["--evaluate", agent, "--seed=7", "--eval-episodes=2", "--distractors=x", "--precision=fp32"])
+    assert (args.distractors, args.precision) == ("x", "fp32")
     assert nobody is None and (args.env, args.augmentation, args.seed, args.eval_episodes) == ("cartpole_swingup", "mix", 7, 2)
     with pytest.raises(envs.UserError, match=r"--masker: .* has its own, student"):
         rl.read_args(["--evaluate", agent, "--masker=none"])
@@ -145,13 +155,16 @@ def test_numbers_that_make_no_sense(script, name):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])
+BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("[a-z]*.py")]
+
+
+@pytest.mark.parametrize("script", ["envs", RL, PHASE1, PHASE2, *sorted(BENCHMARKS)])
 def test_help_explains_every_flag(script, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(script, "--help")
     out = capsys.readouterr().out
     assert ended.value.code == 0
-    source = (ROOT / f"{script}.py").read_text()
+    source = (ROOT / f"{script.replace('.', '/')}.py").read_text().split("class Args")[1]
     for field in fields(importlib.import_module(script).Args):
         assert f"--{field.name.replace('_', '-')}" in out, field.name
         line, below = re.search(rf"\n    ({field.name}: .*)\n(.*)", source).groups()  # documented beside the field, or in a string below it

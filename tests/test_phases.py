@@ -205,6 +205,7 @@ def test_a_new_teacher_replaces_the_old_student(tmp_path, monkeypatch):
     assert torch.equal(teachers[0], teachers[1]) and len({tuple(teacher.flatten().tolist()) for teacher in teachers}) == 3
     with pytest.raises(envs.UserError, match="the loss is nan; give a lower --learning-rate"):
         phase1.train(phase1.Args(env="cartpole_swingup", **args | {"learning_rate": 1e30}), "the pole", {}, torch.device("cpu"), False)
+    assert [path.name for path in Path("maskers").iterdir()] == ["frames.npz"]  # whose teacher they are not
 
 
 def test_a_student_is_of_its_seed(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,19 +48,27 @@ def test_ctrl_c_in_the_middle_of_the_loop(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what ends a process")
 def test_a_vector_environment_leaves_the_process_that_makes_it_as_it_was():
     """Gymnasium makes one environment there as well: a worker's one thread, deaf ear to Ctrl-C and end with its parent are not for it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's ignores it
+    try:
+        torch.set_num_threads(2)
+        before = worker_state()
+        gym.vector.AsyncVectorEnv([partial(envs.make_env_in_worker, "cartpole_swingup")], context="spawn").close()
+        assert worker_state() == before == (2, signal.default_int_handler, 0)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
-    def state() -> tuple:
-        signal_at_parents_end = ctypes.c_int()
-        ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_parents_end))  # PR_GET_PDEATHSIG
-        return torch.get_num_threads(), signal.getsignal(signal.SIGINT), signal_at_parents_end.value
 
-    threads, handler = torch.get_num_threads(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's ignores it
-    torch.set_num_threads(2)
-    before = state()
-    gym.vector.AsyncVectorEnv([partial(envs.make_env_in_worker, "cartpole_swingup")], context="spawn").close()
-    assert state() == before == (2, signal.default_int_handler, 0)
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
+def worker_state() -> tuple:
+    signal_at_parents_end = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(signal_at_parents_end))  # PR_GET_PDEATHSIG
+    return torch.get_num_threads(), signal.getsignal(signal.SIGINT), signal_at_parents_end.value
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what ends a process")
+def test_a_worker_has_one_thread_hears_no_ctrl_c_and_ends_with_its_parent(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), envs.start_worker) as pool:
+        assert pool.submit(worker_state).result(timeout=120) == (1, signal.SIG_IGN, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -88,7 +96,12 @@ def test_a_checkpoint_comes_after_what_it_counts_on(monkeypatch, short):
     assert [done[: i + 1][-2:] for i, each in enumerate(done) if each != "flushed"] == [["flushed", (step, str(step))] for step in (20, 40, 60)]
 
 
-NOT_FINITE = [("a loss", "obs", "4[3-5]"), ("an action", "pixels", 42), ("a reward or an observation", "rewards", 45), ("a weight", None, 60)]
+NOT_FINITE = [
+    ("a loss", "obs", "4[3-5]"),
+    ("an action", "pixels", 42),
+    ("a reward or an observation", "rewards", 45),
+    ("a weight", "encoder.0.weight", 60),
+]
 
 
 @pytest.mark.parametrize(("what", "holds", "step"), NOT_FINITE)
@@ -171,6 +184,45 @@ def test_media_that_are_gone_cost_an_evaluation_and_not_the_run(tmp_path, monkey
     assert metrics(folder)["eval/train/return_mean"] == 1.0 and len(returns(folder)) == 3
     assert began == [1, 61]  # TensorBoard forgets what came after the checkpoint
     assert metrics(folder)["train/seconds"] >= float(returns(folder)[-1]["seconds"]) > 0
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), BrokenPipeError(32, "pipe")], ids=repr)
+def test_a_worker_that_dies_twice_ends_the_run(monkeypatch, capsys, short, error):
+    """Once more after the first time, then a line. What a dead worker leads to are OSErrors as well, and yet no full disk's."""
+    waited, step_wait = [], gym.vector.AsyncVectorEnv.step_wait
+
+    def wait(self, timeout):
+        waited.append(timeout)
+        if len(waited) in (45, 50):
+            raise error
+        return step_wait(self, timeout)
+
+    monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step_wait", wait)
+    with pytest.raises(envs.UserError, match=r"^a worker process died \(is there memory enough\?\); when that is mended, to go on: "):
+        short()
+    assert "once more, from the last checkpoint" in capsys.readouterr().out
+
+
+def test_two_environments_go_on_as_if_nothing_had_happened(tmp_path, monkeypatch, short):
+    flags, add_step, calls = ["--num-envs=2", "--total-timesteps=120", "--checkpoint-every=40"], rl.Replay.add_step, []
+    short("--exp-name=whole", *flags)
+
+    def full(self, *row):
+        calls.append(row)
+        if len(calls) == 35:  # step 70; the checkpoint is of step 40
+            raise OSError("disk full")
+        add_step(self, *row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl.Replay, "add_step", full)
+        with pytest.raises(envs.UserError, match="to go on"):
+            short("--exp-name=pieces", *flags)
+    folders = [only(tmp_path, f"runs/*__{name}__*") for name in ("pieces", "whole")]
+    rl.main(*rl.read_args([f"--resume={folders[0]}"]))
+    weights = [torch.load(folder / "checkpoint.pt", weights_only=True)["weights"] for folder in folders]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    rows = [[{key: value for key, value in row.items() if key != "seconds"} for row in returns(folder)] for folder in folders]
+    assert rows[0] == rows[1] and [(row["episode"], row["env"]) for row in rows[0]] == [(str(e), str(i)) for e in range(3) for i in range(2)]
 
 
 def test_a_full_disk_costs_what_cannot_be_written(tmp_path):
@@ -326,7 +378,6 @@ def test_success_is_an_episodes(tmp_path):
         env.episode_steps = steps
         total, success, *_ = rl.play(tmp_path / "checkpoint.pt", args, ("train", 0))
         assert total == pytest.approx(200 * steps) and success == (steps == 2)  # a sparse reward of 10 at each control step
-    rl.make_env_once.cache_clear()
     env.close()
 
 
@@ -337,7 +388,7 @@ def test_train_all_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):
     flags = " ".join([*SMALL, "--action-repeat=50", "--eval-settings train procedural --precision=fp32 --overlay=nowhere"])
 
     def call(*more: str) -> None:
-        args = ["--envs", "cartpole_swingup", "--variants", "sac", "--output=table.csv", f"--flags={flags}", *more]
+        args = ["--envs", "cartpole_swingup", "--variants", "sac", "--output=table.csv", f"--flags={flags}", "--memory-per-run=1", *more]
         train_all.main(tyro.cli(train_all.Args, args=args))
 
     call()

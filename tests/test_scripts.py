@@ -201,7 +201,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path, m
     wait_for(process, tmp_path, "runs/*__pieces__*/resume/0*20.state.pt")
     started = children(process.pid)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)  # the pipes' other ends are closed: nobody outlives it
     time.sleep(1)
     assert started and not [pid for pid in started if is_running(pid)]
     folder = only(tmp_path, "runs/*__pieces__*")
@@ -219,9 +219,11 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(trained, tmp_path, m
 
     process = start(RL, *command[1:], cwd=tmp_path)
     wait_for(process, tmp_path, "runs/*__pieces__*/resume/0*80.state.pt")
+    process.send_signal(signal.SIGSTOP)  # or it might end while the other one starts
     monkeypatch.chdir(tmp_path)
     with pytest.raises(envs.UserError, match="another process is at this run"):
         rl.main(*rl.read_args(again[1:]))
+    process.send_signal(signal.SIGCONT)
     for pid in children(process.pid):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone by itself meanwhile
             if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
@@ -290,7 +292,7 @@ def test_phase_two_alone_is_made_up_for(trained, tmp_path, monkeypatch, capfd):
     shutil.copy(t.maskers / "teacher.pt", folder / "teacher.pt")
     before, student = (folder / "teacher.pt").read_bytes(), folder / "student.pt"
     monkeypatch.chdir(tmp_path)
-    find = partial(rl.find_masker, rl.Args(env="cartpole_swingup", overlay="nowhere", overlay_images=20))
+    find = partial(rl.find_masker, rl.Args(env="cartpole_swingup", overlay="nowhere", overlay_images=20, distractors="."))  # the last is Phase I's
     with pytest.raises(envs.UserError, match=r"talas_phase2\.py failed"):
         find(which="student")
     out, err = capfd.readouterr()
@@ -303,18 +305,19 @@ def test_phase_two_alone_is_made_up_for(trained, tmp_path, monkeypatch, capfd):
     assert student.read_bytes() == before
 
 
-def test_a_teacher_that_is_asked_for_needs_no_phase_two(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("which", "scripts"), [("teacher", ["talas_phase1.py"]), ("student", ["talas_phase1.py", "talas_phase2.py"])])
+def test_the_phases_that_are_needed_are_run_in_turn(trained, tmp_path, monkeypatch, which, scripts):
     t, folder, started = trained("cartpole_swingup"), tmp_path / "runs/maskers/cartpole_swingup", []
     monkeypatch.chdir(tmp_path)
 
     def phase(command: list[str], **_: object) -> SimpleNamespace:
         started.append(Path(command[1]).name)
-        shutil.copy(t.maskers / "teacher.pt", folder)
+        shutil.copy(t.maskers / ("teacher.pt" if len(started) == 1 else "student.pt"), folder)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(rl.subprocess, "run", phase)
-    rl.find_masker(rl.Args(env="cartpole_swingup"), "teacher")
-    assert started == ["talas_phase1.py"]
+    rl.find_masker(rl.Args(env="cartpole_swingup"), which)
+    assert started == scripts
 
 
 @pytest.mark.parametrize("script", [RL, PHASE1, PHASE2])

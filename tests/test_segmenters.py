@@ -373,6 +373,7 @@ def test_mistakes(models, monkeypatch, tmp_path, given, said):
 def test_weights_that_cannot_be_used(models, monkeypatch, tmp_path, changed, said):
     """dino: a folder of that name without a model; a pickle of it would not be loaded either."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     (tmp_path / "dino").mkdir()
     shutil.copy(models / "dino/config.json", tmp_path / "dino")
     torch.save({"hostile": Path.touch}, tmp_path / "dino/pytorch_model.bin")
