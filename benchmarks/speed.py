@@ -8,6 +8,7 @@ The masker and the agent have random weights: how long they take does not depend
 <device>.txt what an update spends its time on.
 """
 
+import importlib.util
 import itertools
 import math
 import multiprocessing
@@ -179,7 +180,9 @@ def profile(update: Callable, batch: talas.Batch, device: torch.device) -> str:
 
 def time_sam() -> float:
     """Seconds for one frame's image embedding and one box's mask by segment-anything's ViT-B with random weights, on the CPU."""
-    if "+cpu" in torch.__version__:  # torchvision's compiled ops, which it declares on import, are missing beside such a torch; twice would abort
+    try:
+        torch.ops.load_library(next(Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C.*")))
+    except (OSError, StopIteration):  # it is not for this torch: the operators that torchvision's import declares kernels for are missing
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,5 +1,6 @@
 """envs.py: videos, keys, colours, photographs and augmentations. Videos are tiny ones made here; DMControl-GB's own where they are at hand."""
 
+import math
 import os
 import pickle
 import re
@@ -381,10 +382,11 @@ def test_a_hostile_colour_file_does_nothing(tmp_path, how):
     assert "\n" not in str(error.value) and not target.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x03\x04 cut", "list", "number", "a key is missing", "not a colour", "cut"])
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"PK\x03\x04 cut", "list", "number", "a key is missing", "not a colour", "NaN", "cut"])
 def test_a_damaged_colour_file(tmp_path, content):
     path = tmp_path / "color_easy.pt"
     things = {"list": [], "number": 3, "a key is missing": [{"grid_rgb1": [0.0, 0.0, 0.0]}], "not a colour": [dict.fromkeys(PALETTES[0], "red")]}
+    things["NaN"] = [dict.fromkeys(PALETTES[0], [math.nan] * 3)]
     torch.save(things.get(content, PALETTES * 50), path)
     if isinstance(content, bytes):
         path.write_bytes(content)

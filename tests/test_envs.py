@@ -333,6 +333,7 @@ def test_the_benchmarks_cameras(make, name, camera, fovy, position):
     env, rotation = make(name), np.empty(9)
     placed = env.model.cam(camera)
     assert envs.task_row(name).camera == camera and placed.fovy[0] == fovy and tuple(placed.pos) == position
+    assert (env.model.vis.quality.shadowsize, env.model.vis.quality.offsamples) == (2048, 4)  # the suite's
     mujoco.mju_quat2Mat(rotation, placed.quat)
     ahead = -rotation.reshape(3, 3)[:, 2]
     tilted = {"pen": (0, np.sqrt(0.5), -np.sqrt(0.5))} | dict.fromkeys(("unitree_walk", "unitree_stand"), (-np.sin(0.83), 0, -np.cos(0.83)))

@@ -190,6 +190,15 @@ def test_a_clip_is_of_its_prompt_and_seed():
         assert len(set.union(*shown)) == 12
 
 
+def test_a_clip_has_two_backgrounds(monkeypatch):
+    """Its own: no other clip's."""
+    begun, reset = [], envs.TalasEnv.reset
+    monkeypatch.setattr(envs.TalasEnv, "reset", lambda self, **how: (begun.append((self.setting, how["options"]["episode"])), reset(self, **how))[1])
+    for index in (0, 3):
+        phase1.collect_clip(phase1.Args(env="cartpole_swingup"), "the pole", (("procedural",), index, "random", 26))
+    assert begun == [("procedural", episode) for episode in (0, 1, 6, 7)]
+
+
 def test_a_new_teacher_replaces_the_old_student(tmp_path, monkeypatch):
     """Its frames are not the student's any more. It is of its seed, and of the masked reconstruction, where that is asked for."""
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from commands import RL, ROOT, SMALL, children, finish, is_running, metrics, only, returns, start, wait_for
+from commands import PHASE1, RL, ROOT, SMALL, children, finish, is_running, metrics, only, returns, start, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 import envs
@@ -80,6 +80,18 @@ def short(tmp_path, monkeypatch):
     args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings=train", "--action-repeat=50", "--checkpoint-every=20"]
     args = ["--env=cartpole_swingup", *SMALL, *args, "--total-timesteps=60", "--learning-starts=42"]
     return lambda *other: rl.main(*rl.read_args([*args, *other]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_ctrl_c_while_frames_are_collected(tmp_path):
+    process = start(PHASE1, "--env=cartpole_swingup", "--overlay-images=10", cwd=tmp_path)
+    wait_for(process, tmp_path, "runs/*/args.json")
+    while not (workers := [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, 130, timeout=60)
+    assert "Traceback" not in err and not [pid for pid in workers if is_running(pid)]
 
 
 def test_a_checkpoint_comes_after_what_it_counts_on(monkeypatch, short):
@@ -180,8 +192,8 @@ def test_media_that_are_gone_cost_an_evaluation_and_not_the_run(tmp_path, monkey
     assert capsys.readouterr().err.count("warning: an evaluation cannot be written (--distractors media: no such folder); going on") == 1
     monkeypatch.setattr(rl, "evaluate", lambda *_: {"eval/train/return_mean": 1.0})
     folder = only(tmp_path, "runs/*")
-    rl.main(*rl.read_args([f"--resume={folder}"]))
-    assert metrics(folder)["eval/train/return_mean"] == 1.0 and len(returns(folder)) == 3
+    rl.main(*rl.read_args([f"--resume={folder}", "--total-timesteps=100"]))  # another length, which does not move the first update
+    assert metrics(folder)["eval/train/return_mean"] == 1.0 and len(returns(folder)) == 5 and metrics(folder)["train/updates"] == 100 - 42
     assert began == [1, 61]  # TensorBoard forgets what came after the checkpoint
     assert metrics(folder)["train/seconds"] >= float(returns(folder)[-1]["seconds"]) > 0
 

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -403,6 +405,14 @@ def test_a_torchvision_of_another_build(models, monkeypatch, tmp_path):
 
 def die(job: int) -> None:
     os._exit(1)
+
+
+def test_a_process_that_hangs_is_noticed(monkeypatch):
+    asked: Future = Future()
+    asked.result = lambda timeout: Future().result(timeout=timeout / 1e6)
+    monkeypatch.setattr(phase1, "ProcessPoolExecutor", lambda *_: SimpleNamespace(submit=lambda *_: asked, shutdown=lambda **_: None))
+    with pytest.raises(UserError, match=r"hang: a process died or hangs \(TimeoutError"):
+        phase1.in_processes(print, [1], "hang")
 
 
 def test_a_dead_process_is_noticed():

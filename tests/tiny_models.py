@@ -7,6 +7,7 @@ cell's size around the cell's lower right corner, where OWLv2's boxes are before
 inside: so the pixels of a box can be followed from a frame to a mask.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -15,11 +16,16 @@ import torch.nn.functional as F
 
 
 def declare_torchvision() -> None:
-    """torchvision declares its compiled operators' meta kernels on import, and the operators themselves are missing beside a CPU torch."""
-    if torch.version.cuda is None and not hasattr(declare_torchvision, "library"):
-        declare_torchvision.library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            declare_torchvision.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """torchvision declares its compiled operators' meta kernels on import. Where its library is not for this torch, as PyPI's is not for a CPU-only
+    one, the operators themselves are missing."""
+    if not hasattr(declare_torchvision, "library"):
+        declare_torchvision.library = None
+        try:
+            torch.ops.load_library(next(Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C.*")))
+        except (OSError, StopIteration):  # where it can be loaded, it defines them; twice would abort
+            declare_torchvision.library = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"):
+                declare_torchvision.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def register_sam() -> None:
