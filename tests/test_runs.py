@@ -84,7 +84,9 @@ def short(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_ctrl_c_while_frames_are_collected(tmp_path):
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's ignores it, and so would its children
     process = start(PHASE1, "--env=cartpole_swingup", "--overlay-images=10", cwd=tmp_path)
+    signal.signal(signal.SIGINT, handler)
     wait_for(process, tmp_path, "runs/*/args.json")
     while not (workers := [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]):
         time.sleep(0.05)
