@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: threads that wait for
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
-    """Torch is as it was, whatever ran before in this process; and no test plays in an environment that another has changed."""
+    """Torch's threads and whether it is deterministic are as they were, and no test plays in an environment that another one has changed."""
     import torch
 
     import talas_asymmetric_sac as rl
@@ -73,13 +73,10 @@ def make(request):
 
 @pytest.fixture
 def one_thread():
-    """As a worker has: two add up in another order, and over an episode the last bits grow."""
+    """As a worker has: two add up in another order, and over an episode the last bits grow. nothing_is_left_behind sets it back."""
     import torch
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

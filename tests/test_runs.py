@@ -331,7 +331,6 @@ def test_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
     b, second = phase1.collect(args, "the cart and the pole", *wanted)
     monkeypatch.setattr(phase1, "ProcessPoolExecutor", Here)
     a, first = phase1.collect(args, "the cart and the pole", *wanted)
-    phase1.make_env_once.cache_clear()
     assert a.keys() == b.keys() == {"clean", "masks", "procedural"}
     assert a["clean"].shape == (9, 3, 84, 84) and a["masks"].shape == (9, 84, 84)
     assert all(np.array_equal(a[key], b[key]) for key in a)
