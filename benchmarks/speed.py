@@ -129,10 +129,10 @@ def time_plain(args: Args, spaces: tuple[int, int, int]) -> dict[str, float]:
     return {f"{key}, pages given back": value for key, value in time_in_turn(ways, device, args.repeats).items()}
 
 
-def time_loops(args: Args, agent: talas.Agent, replay: talas.Replay, num_envs: int) -> dict[str, float]:
+def time_loops(args: Args, agent: talas.Agent, update: Callable, replay: talas.Replay, num_envs: int) -> dict[str, float]:
     """Seconds per agent step of loops like the script's; of one that does not render, and of one that does nothing else: medians of rounds."""
     device = replay.frames.device
-    mask, policy, update = talas.faster(agent, agent.masker, talas.Args(compile=args.compile), device)
+    mask, policy, _ = talas.faster(agent, agent.masker, talas.Args(), device)  # a CUDA graph is for one number of observations
     vec_env = gym.vector.AsyncVectorEnv([partial(make_env_in_worker, args.env, seed=i) for i in range(num_envs)], context="spawn")
     obs, _ = vec_env.reset()
     loops: dict[str, list[float]] = {"exact": [], "overlapped": [], "without rendering": [], "rendering alone": []}
@@ -261,7 +261,7 @@ def main(args: Args) -> None:
 
     # ---- the loop: what of the rendering is hidden behind the update
     for n in args.loop_envs:
-        suffix, loops = f"{n} environment{'s' * (n > 1)}", time_loops(args, agent, replay, n)
+        suffix, loops = f"{n} environment{'s' * (n > 1)}", time_loops(args, agent, update, replay, n)
         exact, overlapped, without, rendering = loops.values()
         result |= {f"loop/{key}, {suffix}": value for key, value in loops.items()}
         result[f"ratio/rendering hidden behind the update, {suffix}"] = (exact - overlapped) / (exact - without)
