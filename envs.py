@@ -28,7 +28,7 @@ import warnings
 import weakref
 import zipfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial, reduce
 from pathlib import Path
@@ -185,6 +185,21 @@ def start_worker() -> None:
         os._exit(1)  # it was killed in the seconds that it took to come here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def ctrl_c_later() -> Iterator[None]:
+    """For starting processes: none is left half started, and none hears a Ctrl-C while it imports. The parent does, when all are there."""
+    heard: list = []
+    handler = signal.signal(signal.SIGINT, lambda *args: heard.append(args))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits; here, other threads still hear it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def online(url: str) -> bool:

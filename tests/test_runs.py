@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from commands import RL, ROOT, SMALL, children, finish, is_running, metrics, only, returns, start, wait_for
+from commands import PHASE1, RL, ROOT, SMALL, children, finish, is_running, metrics, only, returns, start, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
 import envs
@@ -80,6 +80,23 @@ def short(tmp_path, monkeypatch):
     args = ["--masker=none", "--actor-views=clean", "--critic-views=clean", "--eval-settings=train", "--action-repeat=50", "--checkpoint-every=20"]
     args = ["--env=cartpole_swingup", *SMALL, *args, "--total-timesteps=60", "--learning-starts=42"]
     return lambda *other: rl.main(*rl.read_args([*args, *other]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("to_all", [False, True], ids=["by kill", "by a terminal"])
+def test_ctrl_c_while_frames_are_collected(tmp_path, to_all):
+    """At once when the first worker is there, and still imports: by a terminal it comes to all processes."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's ignores it, and so would its children
+    process = start(PHASE1, "--env=cartpole_swingup", "--overlay-images=10", cwd=tmp_path)
+    signal.signal(signal.SIGINT, handler)
+    wait_for(process, tmp_path, "runs/*/args.json")
+    while not (workers := [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]):
+        time.sleep(0.05)
+        assert process.poll() is None
+    for pid in [*workers] * to_all + [process.pid]:
+        os.kill(pid, signal.SIGINT)
+    _, err = finish(process, 130, timeout=60)
+    assert "Traceback" not in err and not [pid for pid in workers if is_running(pid)]
 
 
 def test_a_checkpoint_comes_after_what_it_counts_on(monkeypatch, short):
