@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,7 @@ import tyro
 
 import envs
 import talas_asymmetric_sac as rl
-from benchmarks import curves, equal, evaluate, figures, masks, observability, speed, tables, train_all
-from benchmarks.embeddings import tightness
+from benchmarks import curves, embeddings, equal, evaluate, figures, masks, observability, speed, tables, train_all, visited
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -87,9 +87,9 @@ def test_small_and_negative_returns():
 
 def test_tightness():
     """Two states 10 apart, each twice, 1 apart: within 1, between (10, 10, √101, √101)."""
-    embeddings = np.array([[[0.0, 0], [0, 1]], [[10, 0], [10, 1]]])
-    assert tightness(embeddings) == pytest.approx(1 / np.mean([10, 10, np.sqrt(101), np.sqrt(101)]))
-    assert tightness(np.zeros((3, 4, 2)) + np.arange(3)[:, None, None]) == 0
+    points = np.array([[[0.0, 0], [0, 1]], [[10, 0], [10, 1]]])
+    assert embeddings.tightness(points) == pytest.approx(1 / np.mean([10, 10, np.sqrt(101), np.sqrt(101)]))
+    assert embeddings.tightness(np.zeros((3, 4, 2)) + np.arange(3)[:, None, None]) == 0
 
 
 def test_interquartile_mean():
@@ -229,6 +229,63 @@ def test_an_agent_of_other_networks_is_named_by_what_does_not_fit(tmp_path):
         envs.UserError, match=r"fork\.pt: not a checkpoint of this script \(ValueError: weights of other networks, masker\.conv0\.weight\)"
     ):
         rl.load_agent(tmp_path / "fork.pt")
+
+
+@pytest.fixture
+def hurried(tmp_path) -> Path:
+    """The committed agent, in a hurry: twenty steps an episode."""
+    content = envs.load_tensors(next((RESULTS / "agents").glob("*.pt")))
+    envs.save_tensors(tmp_path / "hurried.pt", content | {"args": content["args"] | {"action_repeat": 50, "precision": "fp32"}})
+    return tmp_path / "hurried.pt"
+
+
+def test_with_the_simulators_masks(tmp_path, hurried, monkeypatch):
+    given, policy = [], rl.Agent.policy
+
+    def act(self, pixels, mask, proprio, mean):
+        given.append(mask)
+        return policy(self, pixels, mask, proprio, mean)
+
+    monkeypatch.setattr(rl.Agent, "policy", act)
+    output = str(tmp_path / "visited")
+    visited.main(visited.Args(str(hurried), settings=("train",), drawn=("procedural",), episodes=2, output=output))
+    rows = tables.read(Path(f"{output}.csv"))
+    played = [("train", masks, episode) for masks in ("student", "simulator") for episode in "01"]
+    assert [(row["setting"], row["masks"], row["episode"]) for row in rows] == played
+    soft, true = given[0], given[40:60]  # the first episode by the student's masks, and by the simulator's
+    assert len(given) == 100 and len(soft.unique()) > 2 and all(mask.unique().tolist() == [0, 255] for mask in true)
+    assert all(torch.equal(after[:, :-1], before[:, 1:]) for before, after in itertools.pairwise(true))
+    env = envs.make_env("cartpole_swingup", seed=rl.Args().seed + 10_000, action_repeat=50)
+    env.reset(options={"episode": 0})
+    assert np.array_equal(true[0][0], np.stack([env.segment("the cart and the pole")] * 3) * 255)
+    env.close()
+    given.clear()
+    monkeypatch.setattr(rl, "make_env_once", envs.make_env)
+    run = rl.load_agent(hurried)[1]["args"]
+    for row in rows[:2]:  # the student's are those of an evaluation
+        assert float(row["return"]) == pytest.approx(rl.play(hurried, run, ("train", int(row["episode"])))[0], abs=0.01)
+    assert imageio.imread(f"{output}.png").shape == (3 * 168, 10 * 168, 3)
+
+
+def test_moments_of_an_episode(hurried, monkeypatch):
+    """Evenly spread, three consecutive states each, and shown again as they were."""
+    agent, checkpoint = rl.load_agent(hurried)
+    seen, policy = [], rl.Agent.policy
+    monkeypatch.setattr(rl.Agent, "policy", lambda self, pixels, *rest, mean: seen.append(pixels[0].numpy()) or policy(self, pixels, *rest, mean))
+    moments = embeddings.visit(agent, checkpoint["args"], 4)
+    assert [len(moment) for moment in moments] == [3] * 4
+    env = envs.make_env("cartpole_swingup", seed=1, action_repeat=50)
+    env.reset()
+    for moment, step in zip(moments[:3], (2, 8, 14), strict=True):  # of 21 observations; nobody acts on the last
+        frames = [env.show(state, t) for t, state in enumerate(moment)]
+        assert np.array_equal(np.concatenate(frames, 2).transpose(2, 0, 1), seen[step])
+    env.close()
+
+
+def test_embeddings_need_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(envs.UserError, match="pip install scikit-learn"):
+        embeddings.main(embeddings.Args((), ()))
 
 
 def test_curves(tmp_path):

@@ -82,6 +82,24 @@ def short(tmp_path, monkeypatch):
     return lambda *other: rl.main(*rl.read_args([*args, *other]))
 
 
+def first_workers(process: subprocess.Popen) -> list[int]:
+    while not (workers := [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]):
+        time.sleep(0.05)
+        assert process.poll() is None
+    return workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_an_evaluation_is_told_to_stop(tmp_path):
+    agent = next((ROOT / "results" / "agents").glob("*.pt"))
+    process = start(RL, f"--evaluate={agent}", "--eval-settings", "train", "--eval-episodes=50", cwd=tmp_path)
+    workers = first_workers(process)
+    process.terminate()
+    out, err = finish(process, 143, timeout=20)
+    assert "stopped; no checkpoint to go on from, start the same again" in out and "Traceback" not in err
+    assert not [pid for pid in workers if is_running(pid)] and not list(tmp_path.glob("runs/*/metrics.json"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.parametrize("to_all", [False, True], ids=["by kill", "by a terminal"])
 def test_ctrl_c_while_frames_are_collected(tmp_path, to_all):
@@ -90,9 +108,7 @@ def test_ctrl_c_while_frames_are_collected(tmp_path, to_all):
     process = start(PHASE1, "--env=cartpole_swingup", "--overlay-images=10", cwd=tmp_path)
     signal.signal(signal.SIGINT, handler)
     wait_for(process, tmp_path, "runs/*/args.json")
-    while not (workers := [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]):
-        time.sleep(0.05)
-        assert process.poll() is None
+    workers = first_workers(process)
     for pid in [*workers] * to_all + [process.pid]:
         os.kill(pid, signal.SIGINT)
     _, err = finish(process, 130, timeout=60)
