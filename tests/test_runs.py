@@ -89,13 +89,27 @@ def first_workers(process: subprocess.Popen) -> list[int]:
     return workers
 
 
+def press_ctrl_c(process: subprocess.Popen, workers: list[int]) -> None:
+    """As at a terminal, where all processes are told: here first the workers, in the middle of their imports."""
+    time.sleep(0.5)
+    for pid in workers:
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_an_evaluation_is_told_to_stop(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_evaluation_is_told_to_stop(tmp_path, number):
+    """While its workers start."""
     agent = next((ROOT / "results" / "agents").glob("*.pt"))
     process = start(RL, f"--evaluate={agent}", "--eval-settings", "train", "--eval-episodes=50", cwd=tmp_path)
     workers = first_workers(process)
-    process.terminate()
-    out, err = finish(process, 143, timeout=20)
+    if number == signal.SIGINT:
+        press_ctrl_c(process, workers)
+    else:
+        process.terminate()
+    out, err = finish(process, 128 + number, timeout=20)
     assert "stopped; no checkpoint to go on from, start the same again" in out and "Traceback" not in err
     assert not [pid for pid in workers if is_running(pid)] and not list(tmp_path.glob("runs/*/metrics.json"))
 
@@ -103,14 +117,16 @@ def test_an_evaluation_is_told_to_stop(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.parametrize("to_all", [False, True], ids=["by kill", "by a terminal"])
 def test_ctrl_c_while_frames_are_collected(tmp_path, to_all):
-    """At once when the first worker is there, and still imports: by a terminal it comes to all processes."""
+    """While the workers start; by kill in the moment in which the first one is there, and others may be half started."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's ignores it, and so would its children
     process = start(PHASE1, "--env=cartpole_swingup", "--overlay-images=10", cwd=tmp_path)
     signal.signal(signal.SIGINT, handler)
     wait_for(process, tmp_path, "runs/*/args.json")
     workers = first_workers(process)
-    for pid in [*workers] * to_all + [process.pid]:
-        os.kill(pid, signal.SIGINT)
+    if to_all:
+        press_ctrl_c(process, workers)
+    else:
+        process.send_signal(signal.SIGINT)
     _, err = finish(process, 130, timeout=60)
     assert "Traceback" not in err and not [pid for pid in workers if is_running(pid)]
 
