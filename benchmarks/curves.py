@@ -16,6 +16,8 @@ import numpy as np
 import tyro
 from matplotlib.lines import Line2D
 
+HEADER = ["run", "figure", "step", "value"]
+
 
 @dataclass
 class Args:
@@ -74,7 +76,7 @@ def main(args: Args) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", "figure", "step", "value"])
+        writer.writerow(HEADER)
         for run, label in zip(args.runs, args.labels, strict=True):
             writer.writerows([label, "train_return", row["step"], row["return"]] for row in read(Path(run) / "returns.csv"))
             writer.writerows([label, row["figure"], row["step"], row["value"]] for row in read(Path(run) / "evaluations.csv"))

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.curves import draw, plt
+from benchmarks.curves import HEADER, draw, plt
 from benchmarks.evaluate import read
 from benchmarks.tables import METHODS
 from envs import UserError, task_row
@@ -82,7 +82,7 @@ def main(args: Args) -> None:
         raise UserError(f"{results}/{missing[0]}: no such file; --results is a folder like results/")
     for path in sorted(results.glob("*.csv")):
         head = path.read_text().partition("\n")[0]
-        if head == "run,figure,step,value":
+        if head.split(",") == HEADER:
             draw(path)
         elif head.endswith("state,background,x,y"):
             maps(path)

@@ -5,11 +5,11 @@
     seen        the same, but cosine and sine are 0 where fewer than 20 of the pole's pixels show: beyond the picture's border, which
                 the cart can reach
 
-No encoder and no augmentation: what is left of the difference is the task's own. Of another task there is the full state, dm_control's own: how fast
-the update by itself learns it.
+No encoder and no augmentation: what is left of the difference is the task's own. Of another task there is the full state (dm_control's or Adroit's
+own observation, the A1's coordinates and velocities): how fast the update by itself learns it.
 
     python benchmarks/observability.py
-    python benchmarks/observability.py --env walker_walk --steps 25000 --updates-per-step 0.5 --precision bf16
+    python benchmarks/observability.py --env walker_walk --steps 25000 --updates-per-step 0.5 --precision bf16 --label "half an update a step"
 """
 
 import csv
@@ -25,15 +25,17 @@ import gymnasium as gym
 import numpy as np
 import torch.nn as nn
 import tyro
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talas_asymmetric_sac as talas
-from envs import SUITE, UserError, make_env, resolve_env_id, set_up_torch
+from benchmarks.curves import HEADER
+from envs import AdroitTask, Loader, SuiteTask, UserError, make_env, resolve_env_id, set_up_torch
 
 
 @dataclass
 class Args:
-    env: str = "cartpole_swingup"  # or another task of dm_control's suite
+    env: str = "cartpole_swingup"  # or any other task
     steps: int = 4000  # agent steps, the first 500 of them random
     seeds: tuple[int, ...] = (1, 2)  # a run of each variant for each
     variants: tuple[Literal["full", "positions", "seen"], ...] | None = None  # what the agent is given; by default all three, of other tasks full
@@ -41,7 +43,15 @@ class Args:
     learning_rate: float = 1e-3  # of actor, critic and temperature
     layer_norm: bool = False  # the agent's --layer-norm
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
-    output: str | None = None  # training returns, and how often the pole is hidden; by default results/observability.csv, of others runs/<env>.csv
+    label: str | None = None  # the curves' name, to which the seed is added, and the variant, if there are several; by default the task
+    output: Path = Path("runs/states.csv")  # training returns, in benchmarks/curves.py's columns; what it has of other names stays
+
+
+def state_of(task: Loader) -> np.ndarray:
+    """What a task's own library gives agents that do not see; of the A1 all coordinates but where it stands, and all velocities."""
+    if isinstance(task, SuiteTask):
+        return np.concatenate([np.ravel(part) for part in task.env.task.get_observation(task.env.physics).values()])
+    return task.env._get_obs() if isinstance(task, AdroitTask) else np.concatenate([task.data.qpos[2:], task.data.qvel])
 
 
 class State(gym.Wrapper):
@@ -57,8 +67,7 @@ class State(gym.Wrapper):
     def look(self) -> dict[str, np.ndarray]:
         black = np.zeros((9, 1, 1), np.uint8)
         if self.unwrapped.env_id != "cartpole_swingup":
-            state = self.unwrapped.task.env.task.get_observation(self.unwrapped.physics)
-            return {"pixels": black, "proprio": np.concatenate([np.ravel(part) for part in state.values()]).astype(np.float32)}
+            return {"pixels": black, "proprio": state_of(self.unwrapped.task).astype(np.float32)}
         (x, angle), (speed, spin) = self.unwrapped.physics.data.qpos, self.unwrapped.physics.data.qvel
         self.hidden.append(self.unwrapped.segment("the pole").sum() < 20)  # a whole pole has 55 to 95
         seen = self.variant != "seen" or not self.hidden[-1]
@@ -78,8 +87,8 @@ class State(gym.Wrapper):
         return self.look(), reward, terminated, truncated, info
 
 
-def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]:
-    """(step, training return, share of pictures that hide the pole, NaN of another task), per episode."""
+def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, float]]]:
+    """By episode, the step at its end and the training return; of cartpole the share of pictures that hide the pole, of Adroit success."""
     device, _ = set_up_torch("cpu", seed, True)
     talas.Encoder = lambda channels, kind: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # nothing to encode
     given = {"actor_views": "clean", "critic_views": "clean", "shift": 0, **dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr"), args.learning_rate)}
@@ -93,14 +102,17 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, float, float]]
     seen = talas.observe(mask, obs, device)
     replay.add_first(np.array([0]), *seen)
     episodes, total, updates = [], 0.0, 0
-    for step in range(1, args.steps + 1):
+    for step in (bar := tqdm(range(1, args.steps + 1), unit="step", mininterval=1 if sys.stderr.isatty() else 30)):
         action = env.action_space.sample() if step <= 500 else agent.policy(*seen, mean=False)[0].numpy()
-        obs, reward, terminated, truncated, _ = env.step(action)
+        obs, reward, terminated, truncated, info = env.step(action)
         seen = talas.observe(mask, obs, device)
         replay.add_step(action[None], np.array([reward]), np.array([terminated]), *seen)
         total += reward
         if truncated:
-            episodes.append((step, total, float(np.mean(env.hidden or [np.nan]))))
+            hidden = {"pole_hidden": float(np.mean(env.hidden))} if env.hidden else {}
+            success = {"train_success": float(info["episode_success"])} if "episode_success" in info else {}
+            episodes.append((step, {"train_return": total} | hidden | success))
+            bar.set_postfix({"return": f"{total:.1f}"}, refresh=False)
             total, seen = 0.0, talas.observe(mask, env.reset()[0], device)
             replay.add_first(np.array([0]), *seen)
         while updates < int(args.updates_per_step * (step - 500)):
@@ -114,22 +126,25 @@ def main(args: Args) -> None:
     args.env = resolve_env_id(args.env)
     cartpole = args.env == "cartpole_swingup"
     args.variants = args.variants or (("full", "positions", "seen") if cartpole else ("full",))
-    output = Path(args.output or ("results/observability.csv" if cartpole else f"runs/{args.env}.csv"))
     if args.steps < 1250:
         raise UserError(f"--steps {args.steps}: give at least 1250, of which 500 are random")
-    if args.env not in SUITE or (not cartpole and args.variants != ("full",)):
-        raise UserError(f"--env {args.env}: the state is known of dm_control's suite, and what is seen of it of cartpole_swingup only")
-    print(f"{'variant':<12}{'seed':>5}{'pole hidden':>13}{'return, last 8 episodes':>25}")
-    table = [["variant", "seed", "step", "train_return", "pole_hidden"]]
+    if not cartpole and args.variants != ("full",):
+        raise UserError(f"--env {args.env}: what is seen of the state is known of cartpole_swingup only; give --variants full")
+    rows = list(csv.reader(args.output.open())) if args.output.is_file() else [HEADER]
+    if rows[:1] != [HEADER]:
+        raise UserError(f"{args.output}: not a table of curves; give another --output")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for variant in args.variants:
+            label = ", ".join([args.label or args.env, *([variant] if len(args.variants) > 1 else []), f"seed {seed}"])
             episodes = learn(args, variant, seed)
-            table += [[variant, seed, step, f"{total:.2f}", f"{hidden:.3f}"] for step, total, hidden in episodes]
-            last, hidden = np.mean([total for _, total, _ in episodes[-8:]]), np.mean([hidden for *_, hidden in episodes])
-            print(f"{variant:<12}{seed:>5}{hidden:>13.2f}{last:>25.1f}", flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:  # not before the end: an interrupted run leaves the last one's table
-        csv.writer(file, lineterminator="\n").writerows(table)
+            rows = [row for row in rows if row[0] != label]
+            rows += [[label, figure, step, f"{value:.6g}"] for step, figures in episodes for figure, value in figures.items()]
+            with args.output.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+            last = {figure: np.mean([figures[figure] for _, figures in episodes[-8:]]) for figure in episodes[0][1]}
+            print(f"{label}, the last 8 episodes: " + ", ".join(f"{figure} {mean:.4g}" for figure, mean in last.items()), flush=True)
+    print(f"written: {args.output}")
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def test_tables_and_figures_come_from_the_committed_files(tmp_path):
     figures.main(figures.Args(results=str(results)))
     drawn = {path.name for path in results.glob("*.png")}
     curves = {"ball_in_cup_catch.png", "cartpole.png", "cartpole_ablations.png", "cartpole_long.png", "cartpole_seed2.png", "hammer.png"}
-    curves |= {"batches.png", "cartpole_medium.png", "positions.png"}
+    curves |= {"batches.png", "cartpole_medium.png", "observability.png", "positions.png"}
     curves |= {"encoders.png", "h100.png", "h100_five.png", "layer_norm.png", "one_masker.png", "states.png", "unitree_stand.png", "walker_stand.png"}
     assert drawn == curves | {"embeddings.png", "returns.png", "walker_encoders.png"}
     for name in drawn:
@@ -367,17 +367,44 @@ def test_a_policy_whose_noise_stands_still_is_found(monkeypatch):
         equal.main(equal.Args(batch_size=4, updates=1, compile=False, device="cpu"))
 
 
-def test_a_task_is_learned_from_its_state(monkeypatch):
+def test_a_task_is_learned_from_its_state(monkeypatch, tmp_path):
     """Two whole episodes, and an update for every four of the steps that are not random; of cartpole alone it is known what a picture hides."""
     monkeypatch.setattr(rl, "Encoder", rl.Encoder)  # which learn replaces
     updates, update = [], rl.Agent.update
     monkeypatch.setattr(rl.Agent, "update", lambda agent, batch: updates.append(batch.proprio.shape) or update(agent, batch))
     episodes = observability.learn(observability.Args(env="walker_walk", steps=520, updates_per_step=0.25), "full", 1)
-    assert [step for step, *_ in episodes] == [250, 500] and all(0 < total < 1000 for _, total, _ in episodes)
+    assert [step for step, _ in episodes] == [250, 500] and all(0 < figures["train_return"] < 1000 for _, figures in episodes)
     assert updates == [(128, 24)] * 5
-    for wrong in ({"env": "hammer"}, {"env": "walker_walk", "variants": ("seen",)}, {"steps": 1000}):
+    not_curves = tmp_path / "other.csv"
+    not_curves.write_text("variant,seed\n")
+    for wrong in ({"env": "walker_walk", "variants": ("seen",)}, {"steps": 1000}, {"output": not_curves}):
         with pytest.raises(envs.UserError):
             observability.main(observability.Args(**wrong))
+    assert not_curves.read_text() == "variant,seed\n"
+
+
+def test_curves_of_states_are_added_to_their_table(monkeypatch, tmp_path):
+    """Of other names, those that are there stay; of the same name the new one stands."""
+    played = iter([[(250, {"train_return": 1.0})], [(250, {"train_return": 2.0, "train_success": 1.0})], [(250, {"train_return": 3.0})]])
+    monkeypatch.setattr(observability, "learn", lambda *_: next(played))
+    for label, seeds in (("a", (1, 2)), ("a", (1,))):
+        observability.main(observability.Args(env="hammer", seeds=seeds, label=label, output=tmp_path / "new" / "states.csv"))
+    assert curves.read(tmp_path / "new" / "states.csv") == [
+        {"run": f"a, seed {seed}", "figure": figure, "step": "250", "value": value}
+        for seed, figure, value in ((2, "train_return", "2"), (2, "train_success", "1"), (1, "train_return", "3"))
+    ]
+    curves.draw(tmp_path / "new" / "states.csv")
+
+
+@pytest.mark.parametrize(("env_id", "size"), [("hammer", 46), ("unitree_stand", 35), ("finger_spin", 9)])
+def test_a_state_is_a_tasks_whole_state(env_id, size):
+    """A step changes much of it (not the spinner that nobody pushed), and nothing is drawn."""
+    env = observability.State(env_id, "full", 1)
+    before = env.reset()[0]
+    after = env.step(env.action_space.sample())[0]
+    assert before["proprio"].shape == (size,) and before["proprio"].dtype == np.float32
+    assert (before["proprio"] != after["proprio"]).mean() > 0.4 and not after["pixels"].any()
+    env.close()
 
 
 def test_what_is_seen_of_a_pole_out_of_the_picture():
