@@ -417,7 +417,7 @@ class UnitreeTask(Loader):
 _ADROIT: dict[str, dict[str, Any]] = {
     "pen":      {"scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
     "door":     {"scale": 20, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle")},
-    "hammer":   {"scale": 100, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object")},
+    "hammer":   {"scale": 10, "camera": ((0, 0, 1.1), (0, 0, 3.14)), "palm_to": ("body", "Object")},
     "relocate": {"scale": 30, "camera": ((1, 0.1, 0.7), (-0.232, 1.056, 1.836)), "palm_to": ("body", "Object")},
 }  # fmt: skip
 
