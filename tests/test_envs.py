@@ -25,7 +25,7 @@ import talas_phase1 as phase1
 ROOT = Path(envs.__file__).parent
 FAMILIES = ["cartpole_swingup", "unitree_walk", "hammer"]
 ADROIT = {"pen": 0, "door": 4, "hammer": 2, "relocate": 6}  # where the hand's 24 joints start in qpos
-SCALE = {"pen": 50, "door": 20, "hammer": 10, "relocate": 30}  # what the dense rewards are divided by
+SCALE = {"pen": 50, "door": 1, "hammer": 10, "relocate": 30}  # what the dense rewards are divided by
 
 
 def rollout(env, steps=2, **reset):
