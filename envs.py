@@ -412,9 +412,9 @@ class UnitreeTask(Loader):
         return float((w + m + w * m) / 3), False, {}
 
 
-# Adroit: a divisor of the dense reward (pen's is VRL3's; by its 20 for door and 100 for hammer the entropy term would drown a step's 0.03); the camera's
-# position and Euler angles (the benchmark's; relocate's is ours: from the side, where the palm does not hide the ball); what the palm's distance is
-# measured to in the reward.
+# Adroit: a divisor of the dense reward (pen's is VRL3's; by its 20 for door and 100 for hammer the entropy term would drown a step's 0.03); the
+# camera's position and Euler angles (the benchmark's; relocate's is ours: from the side, where the palm does not hide the ball); what the palm's
+# distance is measured to in the reward.
 _ADROIT: dict[str, dict[str, Any]] = {
     "pen":      {"scale": 50, "camera": ((0, -0.8, 0.8), (np.pi / 4, 0, 0)), "palm_to": None},
     "door":     {"scale": 1, "camera": ((0, 0, 1.5), (0, 0, 3.14)), "palm_to": ("site", "S_handle")},
