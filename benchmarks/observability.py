@@ -130,7 +130,7 @@ def main(args: Args) -> None:
         raise UserError(f"--steps {args.steps}: give at least 1250, of which 500 are random")
     if not cartpole and args.variants != ("full",):
         raise UserError(f"--env {args.env}: what is seen of the state is known of cartpole_swingup only; give --variants full")
-    rows = list(csv.reader(args.output.open())) if args.output.is_file() else [HEADER]
+    rows = list(csv.reader(args.output.read_text().splitlines())) if args.output.is_file() else [HEADER]
     if rows[:1] != [HEADER]:
         raise UserError(f"{args.output}: not a table of curves; give another --output")
     args.output.parent.mkdir(parents=True, exist_ok=True)
