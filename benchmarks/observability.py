@@ -23,6 +23,7 @@ from typing import Literal
 
 import gymnasium as gym
 import numpy as np
+import torch
 import torch.nn as nn
 import tyro
 from tqdm import tqdm
@@ -43,6 +44,8 @@ class Args:
     learning_rate: float = 1e-3  # of actor, critic and temperature
     layer_norm: bool = False  # the agent's --layer-norm
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks
+    eval_every: int = 0  # agent steps between evaluations of the mean policy, as curves have them; 0 makes none
+    eval_episodes: int = 10  # of each evaluation
     label: str | None = None  # the curves' name, to which the seed is added, and the variant, if there are several; by default the task
     output: Path = Path("runs/states.csv")  # training returns, in benchmarks/curves.py's columns; what it has of other names stays
 
@@ -87,8 +90,24 @@ class State(gym.Wrapper):
         return self.look(), reward, terminated, truncated, info
 
 
+def evaluate(agent: talas.Agent, env: State, episodes: int) -> dict[str, float]:
+    """What the mean policy has, which acts without noise: its mean return and, of Adroit, the share of its episodes that succeed."""
+    returns, successes = [], []
+    for _ in range(episodes):
+        obs, total, truncated = env.reset()[0], 0.0, False
+        while not truncated:
+            seen = talas.observe(partial(talas.mask_stack, None), obs, torch.device("cpu"))
+            obs, reward, _, truncated, info = env.step(agent.policy(*seen, mean=True)[0].numpy())
+            total += reward
+        returns.append(total)
+        successes += [info["episode_success"]] if "episode_success" in info else []
+    success = {"eval/train/success_rate": float(np.mean(successes))} if successes else {}
+    return {"eval/train/return_mean": float(np.mean(returns))} | success
+
+
 def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, float]]]:
-    """By episode, the step at its end and the training return; of cartpole the share of pictures that hide the pole, of Adroit success."""
+    """By episode, the step at its end and the training return; of cartpole the share of pictures that hide the pole, of Adroit success.
+    At the end of the first episode of every --eval-every steps, the mean policy's as well."""
     device, _ = set_up_torch("cpu", seed, True)
     talas.Encoder = lambda channels, kind: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # nothing to encode
     given = {"actor_views": "clean", "critic_views": "clean", "shift": 0, **dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr"), args.learning_rate)}
@@ -101,6 +120,7 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, floa
     mask = partial(talas.mask_stack, None)
     seen = talas.observe(mask, obs, device)
     replay.add_first(np.array([0]), *seen)
+    judge = State(args.env, variant, seed + 1000) if args.eval_every else None  # other episodes than training's, and its random numbers untouched
     episodes, total, updates = [], 0.0, 0
     for step in (bar := tqdm(range(1, args.steps + 1), unit="step", mininterval=1 if sys.stderr.isatty() else 30)):
         action = env.action_space.sample() if step <= 500 else agent.policy(*seen, mean=False)[0].numpy()
@@ -112,13 +132,17 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, floa
             hidden = {"pole_hidden": float(np.mean(env.hidden))} if env.hidden else {}
             success = {"train_success": float(info["episode_success"])} if "episode_success" in info else {}
             episodes.append((step, {"train_return": total} | hidden | success))
+            if judge and step // args.eval_every > (episodes[-2][0] if episodes[1:] else 0) // args.eval_every:
+                episodes[-1][1].update(evaluate(agent, judge, args.eval_episodes))
+                bar.write(f"step {step:,}: " + ", ".join(f"{figure} {value:.4g}" for figure, value in episodes[-1][1].items()))
             bar.set_postfix({"return": f"{total:.1f}"}, refresh=False)
             total, seen = 0.0, talas.observe(mask, env.reset()[0], device)
             replay.add_first(np.array([0]), *seen)
         while updates < int(args.updates_per_step * (step - 500)):
             agent.update(replay.sample(128))
             updates += 1
-    env.close()
+    for opened in (env, *([judge] if judge else [])):
+        opened.close()
     return episodes
 
 
@@ -142,7 +166,7 @@ def main(args: Args) -> None:
             rows += [[label, figure, step, f"{value:.6g}"] for step, figures in episodes for figure, value in figures.items()]
             with args.output.open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(rows)
-            last = {figure: np.mean([figures[figure] for _, figures in episodes[-8:]]) for figure in episodes[0][1]}
+            last = {figure: np.mean([figures[figure] for _, figures in episodes[-8:]]) for figure in episodes[0][1] if "/" not in figure}
             print(f"{label}, the last 8 episodes: " + ", ".join(f"{figure} {mean:.4g}" for figure, mean in last.items()), flush=True)
     print(f"written: {args.output}")
 
