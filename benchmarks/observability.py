@@ -120,7 +120,7 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, floa
     mask = partial(talas.mask_stack, None)
     seen = talas.observe(mask, obs, device)
     replay.add_first(np.array([0]), *seen)
-    judge = State(args.env, variant, seed + 1000) if args.eval_every else None  # other episodes than training's, and its random numbers untouched
+    judge = State(args.env, variant, seed + 1000) if args.eval_every else None  # other episodes than training's
     episodes, total, updates = [], 0.0, 0
     for step in (bar := tqdm(range(1, args.steps + 1), unit="step", mininterval=1 if sys.stderr.isatty() else 30)):
         action = env.action_space.sample() if step <= 500 else agent.policy(*seen, mean=False)[0].numpy()
@@ -133,7 +133,8 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, floa
             success = {"train_success": float(info["episode_success"])} if "episode_success" in info else {}
             episodes.append((step, {"train_return": total} | hidden | success))
             if judge and step // args.eval_every > (episodes[-2][0] if episodes[1:] else 0) // args.eval_every:
-                episodes[-1][1].update(evaluate(agent, judge, args.eval_episodes))
+                with torch.random.fork_rng(devices=[]):  # the actor draws its noise even where only the mean is asked for
+                    episodes[-1][1].update(evaluate(agent, judge, args.eval_episodes))
                 bar.write(f"step {step:,}: " + ", ".join(f"{figure} {value:.4g}" for figure, value in episodes[-1][1].items()))
             bar.set_postfix({"return": f"{total:.1f}"}, refresh=False)
             total, seen = 0.0, talas.observe(mask, env.reset()[0], device)
