@@ -16,6 +16,7 @@ import csv
 import math
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,8 +106,8 @@ def evaluate(agent: talas.Agent, env: State, episodes: int) -> dict[str, float]:
     return {"eval/train/return_mean": float(np.mean(returns))} | success
 
 
-def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, float]]]:
-    """By episode, the step at its end and the training return; of cartpole the share of pictures that hide the pole, of Adroit success.
+def learn(args: Args, variant: str, seed: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """By episode, as they end, the step at its end and the training return; of cartpole the share of pictures that hide the pole, of Adroit success.
     At the end of the first episode of every --eval-every steps, the mean policy's as well."""
     device, _ = set_up_torch("cpu", seed, True)
     talas.Encoder = lambda channels, kind: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # nothing to encode
@@ -121,7 +122,7 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, floa
     seen = talas.observe(mask, obs, device)
     replay.add_first(np.array([0]), *seen)
     judge = State(args.env, variant, seed + 1000) if args.eval_every else None  # other episodes than training's
-    episodes, total, updates = [], 0.0, 0
+    last, total, updates = 0, 0.0, 0
     for step in (bar := tqdm(range(1, args.steps + 1), unit="step", mininterval=1 if sys.stderr.isatty() else 30)):
         action = env.action_space.sample() if step <= 500 else agent.policy(*seen, mean=False)[0].numpy()
         obs, reward, terminated, truncated, info = env.step(action)
@@ -131,20 +132,20 @@ def learn(args: Args, variant: str, seed: int) -> list[tuple[int, dict[str, floa
         if truncated:
             hidden = {"pole_hidden": float(np.mean(env.hidden))} if env.hidden else {}
             success = {"train_success": float(info["episode_success"])} if "episode_success" in info else {}
-            episodes.append((step, {"train_return": total} | hidden | success))
-            if judge and step // args.eval_every > (episodes[-2][0] if episodes[1:] else 0) // args.eval_every:
+            figures = {"train_return": total} | hidden | success
+            if judge and step // args.eval_every > last // args.eval_every:
                 with torch.random.fork_rng(devices=[]):  # the actor draws its noise even where only the mean is asked for
-                    episodes[-1][1].update(evaluate(agent, judge, args.eval_episodes))
-                bar.write(f"step {step:,}: " + ", ".join(f"{figure} {value:.4g}" for figure, value in episodes[-1][1].items()))
+                    figures |= evaluate(agent, judge, args.eval_episodes)
+                bar.write(f"step {step:,}: " + ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items()))
+            yield step, figures
             bar.set_postfix({"return": f"{total:.1f}"}, refresh=False)
-            total, seen = 0.0, talas.observe(mask, env.reset()[0], device)
+            last, total, seen = step, 0.0, talas.observe(mask, env.reset()[0], device)
             replay.add_first(np.array([0]), *seen)
         while updates < int(args.updates_per_step * (step - 500)):
             agent.update(replay.sample(128))
             updates += 1
     for opened in (env, *([judge] if judge else [])):
         opened.close()
-    return episodes
 
 
 def main(args: Args) -> None:
@@ -162,12 +163,16 @@ def main(args: Args) -> None:
     for seed in args.seeds:
         for variant in args.variants:
             label = ", ".join([args.label or args.env, *([variant] if len(args.variants) > 1 else []), f"seed {seed}"])
-            episodes = learn(args, variant, seed)
-            rows = [row for row in rows if row[0] != label]
-            rows += [[label, figure, step, f"{value:.6g}"] for step, figures in episodes for figure, value in figures.items()]
+            rows, episodes = [row for row in rows if row[0] != label], []
             with args.output.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
-            last = {figure: np.mean([figures[figure] for _, figures in episodes[-8:]]) for figure in episodes[0][1] if "/" not in figure}
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerows(rows)
+                for step, figures in learn(args, variant, seed):
+                    episodes.append(figures)
+                    rows += (new := [[label, figure, step, f"{value:.6g}"] for figure, value in figures.items()])
+                    writer.writerows(new)
+                    file.flush()  # what an interrupted run has had stays
+            last = {figure: np.mean([figures[figure] for figures in episodes[-8:]]) for figure in episodes[0] if "/" not in figure}
             print(f"{label}, the last 8 episodes: " + ", ".join(f"{figure} {mean:.4g}" for figure, mean in last.items()), flush=True)
     print(f"written: {args.output}")
 

@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, against figures worked out by hand, and the tables of the committed CSVs."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -372,10 +373,11 @@ def test_a_task_is_learned_from_its_state(monkeypatch, tmp_path):
     monkeypatch.setattr(rl, "Encoder", rl.Encoder)  # which learn replaces
     updates, update = [], rl.Agent.update
     monkeypatch.setattr(rl.Agent, "update", lambda agent, batch: updates.append(batch.proprio.shape) or update(agent, batch))
-    episodes = observability.learn(observability.Args(env="walker_walk", steps=764, updates_per_step=0.02), "full", 1)
+    episodes = list(observability.learn(observability.Args(env="walker_walk", steps=764, updates_per_step=0.02), "full", 1))
     assert [step for step, _ in episodes] == [250, 500, 750] and all(0 < figures["train_return"] < 1000 for _, figures in episodes)
     assert updates == [(128, 24)] * 5
-    judged = observability.learn(observability.Args(env="walker_walk", steps=764, updates_per_step=0.02, eval_every=400, eval_episodes=1), "full", 1)
+    given = observability.Args(env="walker_walk", steps=764, updates_per_step=0.02, eval_every=400, eval_episodes=1)
+    judged = list(observability.learn(given, "full", 1))
     assert [list(figures) for _, figures in judged] == [["train_return"], ["train_return", "eval/train/return_mean"], ["train_return"]]
     assert [row["train_return"] for _, row in judged] == [row["train_return"] for _, row in episodes]  # evaluations change nothing
     not_curves = tmp_path / "other.csv"
@@ -387,11 +389,17 @@ def test_a_task_is_learned_from_its_state(monkeypatch, tmp_path):
 
 
 def test_curves_of_states_are_added_to_their_table(monkeypatch, tmp_path):
-    """Of other names, those that are there stay; of the same name the new one stands."""
-    played = iter([[(250, {"train_return": 1.0})], [(250, {"train_return": 2.0, "train_success": 1.0})], [(250, {"train_return": 3.0})]])
+    """Of other names, those that are there stay; of the same name the new one stands, an interrupted one as far as it came."""
+
+    def interrupted(*_):
+        yield 250, {"train_return": 3.0}
+        raise KeyboardInterrupt
+
+    played = iter([[(250, {"train_return": 1.0})], [(250, {"train_return": 2.0, "train_success": 1.0})], interrupted()])
     monkeypatch.setattr(observability, "learn", lambda *_: next(played))
-    for label, seeds in (("a", (1, 2)), ("a", (1,))):
-        observability.main(observability.Args(env="hammer", seeds=seeds, label=label, output=tmp_path / "new" / "states.csv"))
+    for seeds, end in (((1, 2), contextlib.nullcontext()), ((1,), pytest.raises(KeyboardInterrupt))):
+        with end:
+            observability.main(observability.Args(env="hammer", seeds=seeds, label="a", output=tmp_path / "new" / "states.csv"))
     assert curves.read(tmp_path / "new" / "states.csv") == [
         {"run": f"a, seed {seed}", "figure": figure, "step": "250", "value": value}
         for seed, figure, value in ((2, "train_return", "2"), (2, "train_success", "1"), (1, "train_return", "3"))
