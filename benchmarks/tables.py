@@ -101,6 +101,20 @@ def published(page: list[dict[str, str]], tasks: tuple[str, ...]) -> str:
     return table(["task", *methods], rows)
 
 
+def floors(rows: list[dict[str, str]], page: list[dict[str, str]]) -> str:
+    """Returns without learning, ± their deviation over episodes, and the page's lowest and TaLaS's, video_easy / video_hard."""
+    cells = []
+    for task in dict.fromkeys(row["env"] for row in rows):
+        own = [np.array([float(row["return"]) for row in rows if (row["env"], row["policy"]) == (task, policy)]) for policy in ("zeros", "random")]
+        theirs = [
+            {row["method"]: float(row["mean_return"]) for row in page if (row["task"], row["setting"]) == (task, setting)}
+            for setting in ("video_easy", "video_hard")
+        ]
+        lowest, talas = (" / ".join(f"{of(returns):g}" for returns in theirs if returns) for of in (lambda r: min(r.values()), lambda r: r["TaLaS"]))
+        cells.append([f"`{task}`", *(f"{returns.mean():.1f} ± {returns.std():.1f}" for returns in own), lowest, talas])
+    return table(["task", "zeros", "random actions", "the page's lowest", "the page's TaLaS"], cells)
+
+
 def firsts(page: list[dict[str, str]]) -> str:
     """How often TaLaS has the highest return of a task and setting, by the page's tables."""
     columns = defaultdict(dict)
@@ -198,12 +212,12 @@ def aggregates(runs: list[dict[str, str]], episodes: list[dict[str, str]]) -> st
 def main(args: Args) -> None:
     results = Path(args.results)
     front, own = results.parent / "README.md", results / "README.md"
-    names = ("published_returns.csv", "runs.csv", "evaluations.csv", "masks.csv")
+    names = ("published_returns.csv", "runs.csv", "evaluations.csv", "masks.csv", "floors.csv")
     if missing := [path for path in (front, own, *(results / name for name in names)) if not path.is_file()]:
         raise UserError(
             f"{missing[0]}: no such file; --results is a folder like results/, whose tables are written into its README.md and the one above"
         )
-    page, runs, episodes, mask_rows = (read(results / name) for name in names)
+    page, runs, episodes, mask_rows, floor_rows = (read(results / name) for name in names)
     if unknown := {run["method"] for run in runs} - METHODS.keys():
         raise UserError(f"{results}/runs.csv: unknown method {', '.join(unknown)}; give it a name in METHODS")
     returns = f"""### Ours
@@ -233,7 +247,13 @@ Where they come from:
 {published(page, UNITREE)}
 
 By these tables TaLaS has the highest return in {firsts(page)};
-the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; the page says 332."""
+the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; the page says 332.
+
+### Without learning
+
+Actions that are all zero, and random ones, in this project's tasks, ten episodes each; beside them the page's, video_easy / video_hard.
+
+{floors(floor_rows, page)}"""
     texts = {path: path.read_text() for path in (front, own)}
     for path, name, tables in ((front, "masks", maskers(mask_rows, brief=True)), (own, "masks", maskers(mask_rows)), (own, "returns", returns)):
         before, begin, rest = texts[path].partition(BEGIN.format(name))

@@ -22,7 +22,7 @@ import tyro
 
 import envs
 import talas_asymmetric_sac as rl
-from benchmarks import curves, embeddings, equal, evaluate, figures, masks, observability, speed, tables, train_all, visited
+from benchmarks import curves, embeddings, equal, evaluate, figures, floors, masks, observability, speed, tables, train_all, visited
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -146,6 +146,24 @@ def test_the_maskers_table():
     assert brief == "| `walker_walk` | 0.900 (0.900) | 0.850 (0.850) |" + " 0.500 (0.500) |" * 3 + " 0.810 (0.810) |"
     without_media = tables.maskers([row for row in rows if "video" not in row["figure"]]).splitlines()[3]
     assert without_media == "|  | student | 0.850 (0.850) | 0.500 (0.500) | 0.500 (0.500) |  |  |  | 60 | abc1234 |"
+
+
+def test_returns_without_learning(tmp_path):
+    """A pole that nobody pushes hangs; twice the same random actions score the same; and the table, worked out by hand."""
+    for name in ("floors.csv", "again.csv"):
+        floors.main(floors.Args(envs=("cartpole_swingup", "finger_spin"), episodes=1, output=tmp_path / name))
+    rows = tables.read(tmp_path / "floors.csv")
+    assert rows == tables.read(tmp_path / "again.csv")
+    assert [(row["env"], row["policy"], row["episode"]) for row in rows][1::2] == [(e, "random", "0") for e in ("cartpole_swingup", "finger_spin")]
+    assert float(rows[0]["return"]) < 1 < float(rows[1]["return"]) and float(rows[2]["return"]) == 0
+    with pytest.raises(envs.UserError, match="nothing to play"):
+        floors.main(floors.Args(envs=("hammer",), episodes=0))
+    rows = [{"env": "walker_walk", "policy": p, "return": value} for p, value in (("zeros", "1"), ("zeros", "3"), ("random", "-4"))]
+    page = [{"task": "walker_walk", "setting": "video_easy", "method": m, "mean_return": value} for m, value in (("SAC", "9"), ("TaLaS", "20"))]
+    page += [{"task": "walker_walk", "setting": "video_hard", "method": "TaLaS", "mean_return": "7.5"}]
+    assert tables.floors(rows, page).splitlines()[2] == "| `walker_walk` | 2.0 ± 1.0 | -4.0 ± 0.0 | 9 / 7.5 | 20 / 7.5 |"
+    committed = tables.read(RESULTS / "floors.csv")
+    assert {(row["env"], row["policy"]) for row in committed} == set(itertools.product(envs.TASKS, floors.POLICIES)) and len(committed) == 240
 
 
 def test_tables_and_figures_come_from_the_committed_files(tmp_path):
