@@ -5,6 +5,7 @@ python benchmarks/curves.py --runs runs/<run> runs/<run> --labels TaLaS "no mask
 
 import csv
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,13 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def draw(path: Path, window: int = 5) -> None:
-    """<path>.png of a CSV that main wrote: training episodes, as a running mean over `window` of them, and evaluations."""
+def draw(path: Path) -> None:
+    """<path>.png of a CSV that main wrote: training episodes, as a running mean over five, or a fortieth of the longest run's, and evaluations."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
     rows, runs, kinds = read(path), {}, {}  # the legend: a colour for each run, a style for each kind of figure
     settings = dict.fromkeys(row["figure"].split("/")[1] for row in rows if row["figure"].endswith("/return_mean"))
+    episodes = Counter(row["run"] for row in rows if row["figure"] == "train_return")
+    window = max(5, max(episodes.values(), default=0) // 40)
     styles = dict(zip(settings, ("o-", "s--", "^:", "v-", "d--", "*:"), strict=False))
     for i, label in enumerate(dict.fromkeys(row["run"] for row in rows)):
         colour, points = f"C{i}", {}

@@ -117,7 +117,8 @@ def learn(args: Args, variant: str, seed: int) -> Iterator[tuple[int, dict[str, 
     obs, _ = env.reset()
     state, actions = len(obs["proprio"]), env.action_space.shape[0]
     agent = talas.Agent(talas.Args(precision=args.precision, layer_norm=args.layer_norm, **given), 9, state, actions, None, None)
-    replay = talas.Replay(1, args.steps + args.steps // 125 + 8, obs["pixels"].shape, state, actions, device)
+    rows = args.steps + args.steps // 100 + 8  # one more for each episode, of which Adroit's are the shortest
+    replay = talas.Replay(1, rows, obs["pixels"].shape, state, actions, device)
     mask = partial(talas.mask_stack, None)
     seen = talas.observe(mask, obs, device)
     replay.add_first(np.array([0]), *seen)
