@@ -251,7 +251,9 @@ the page says 7 of 12. SGQN's mean on Unitree in video_easy is the one above; th
 
 ### Without learning
 
-Actions that are all zero, and random ones, in this project's tasks, ten episodes each; beside them the page's, video_easy / video_hard.
+Actions that are all zero, and random ones, in this project's tasks, ten episodes each (`python benchmarks/floors.py`; Adroit's divided
+as in training); beside them the page's, video_easy / video_hard. With zeros the A1 lies upright on its folded legs, and of the cup's ten balls three
+fall into it. What a return says begins above these figures.
 
 {floors(floor_rows, page)}"""
     texts = {path: path.read_text() for path in (front, own)}

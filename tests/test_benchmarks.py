@@ -238,7 +238,7 @@ def test_committed_agents_can_be_played():
 
 
 def test_an_agent_of_other_networks_is_named_by_what_does_not_fit(tmp_path):
-    content = envs.load_tensors(next((RESULTS / "agents").glob("*.pt")))
+    content = envs.load_tensors(next((RESULTS / "agents").glob("cartpole*.pt")))
     renamed = {key.replace("masker.stem", "masker.conv0"): value for key, value in content["weights"].items()}
     fewer = {key: value for key, value in content["weights"].items() if key != "actor.trunk.0.weight"}
     envs.save_tensors(tmp_path / "less.pt", content | {"weights": fewer})
@@ -254,7 +254,7 @@ def test_an_agent_of_other_networks_is_named_by_what_does_not_fit(tmp_path):
 @pytest.fixture
 def hurried(tmp_path) -> Path:
     """The committed agent, in a hurry: twenty steps an episode."""
-    content = envs.load_tensors(next((RESULTS / "agents").glob("*.pt")))
+    content = envs.load_tensors(next((RESULTS / "agents").glob("cartpole*.pt")))
     envs.save_tensors(tmp_path / "hurried.pt", content | {"args": content["args"] | {"action_repeat": 50, "precision": "fp32"}})
     return tmp_path / "hurried.pt"
 

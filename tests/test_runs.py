@@ -102,7 +102,7 @@ def press_ctrl_c(process: subprocess.Popen, workers: list[int]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_evaluation_is_told_to_stop(tmp_path, number):
     """While its workers start."""
-    agent = next((ROOT / "results" / "agents").glob("*.pt"))
+    agent = next((ROOT / "results" / "agents").glob("cartpole*.pt"))
     process = start(RL, f"--evaluate={agent}", "--eval-settings", "train", "--eval-episodes=50", cwd=tmp_path)
     workers = first_workers(process)
     if number == signal.SIGINT:
