@@ -188,18 +188,19 @@ def start_worker() -> None:
 
 
 @contextlib.contextmanager
-def ctrl_c_later() -> Iterator[None]:
-    """For starting processes: none is left half started, and none hears a Ctrl-C while it imports. The parent does, when all are there."""
-    heard: list = []
-    handler = signal.signal(signal.SIGINT, lambda *args: heard.append(args))
+def stop_later() -> Iterator[None]:
+    """For starting processes: none is left half started by Ctrl-C or SIGTERM, which the parent hears when all are there; they hear no Ctrl-C."""
+    heard: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits; here, other threads still hear it
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if heard:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(heard[0])
 
 
 def online(url: str) -> bool:

@@ -639,7 +639,7 @@ def play_all(path: Path, args: Args, jobs: list[tuple[Setting, int]]) -> Iterato
     # A process per core plays whole episodes, policy and all: rendering takes most of the time, and the figures do not depend on who plays what.
     # Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(len(jobs), envs.cores(), 16), multiprocessing.get_context("spawn"), envs.start_worker)
-    with envs.ctrl_c_later():
+    with envs.stop_later():
         futures = [pool.submit(play, path, args, job) for job in jobs]
     try:
         for future in futures:

@@ -296,7 +296,7 @@ def in_processes(function: Callable, jobs: Iterable, what: str) -> list:
     # Rendering is what takes the time, and a renderer uses one core, so each core gets a process. Spawned: EGL does not survive a fork.
     pool = ProcessPoolExecutor(min(envs.cores(), 8), multiprocessing.get_context("spawn"), envs.start_worker)
     try:
-        with envs.ctrl_c_later():
+        with envs.stop_later():
             futures = [pool.submit(function, job) for job in jobs]
             bar = tqdm(futures, what, unit="clip", mininterval=1 if sys.stderr.isatty() else 15)
         return [future.result(timeout=900) for future in bar]

@@ -21,9 +21,9 @@ POLICIES = ("zeros", "random")  # of a motor that a task drives to an angle, zer
 
 @dataclass
 class Args:
-    envs: tuple[str, ...] = tuple(TASKS)
+    envs: tuple[str, ...] = tuple(TASKS)  # tasks, by default all of them
     episodes: int = 10  # of each policy; what a setting shows behind the agent changes nothing here, as nobody looks
-    output: Path = Path("results/floors.csv")
+    output: Path = Path("results/floors.csv")  # a row per episode
 
 
 def play(env: State, policy: str) -> float:

@@ -82,6 +82,26 @@ def short(tmp_path, monkeypatch):
     return lambda *other: rl.main(*rl.read_args([*args, *other]))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_until_all_processes_are_started(number):
+    """Within stop_later nothing is interrupted; after it the signal arrives, once, where it would have, and both are heard as before."""
+    heard, started = [], []
+    before = {n: signal.signal(n, lambda number, _: heard.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with envs.stop_later():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+            started.append(list(heard))
+        assert started == [[]] and heard == [number]
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        assert heard == [number] * 2
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
 def first_workers(process: subprocess.Popen) -> list[int]:
     while not (workers := [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]):
         time.sleep(0.05)
