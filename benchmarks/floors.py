@@ -6,14 +6,16 @@ python benchmarks/floors.py
 import csv
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.observability import State
+from benchmarks.observability import State, play
 from envs import TASKS, UserError, resolve_env_id
 
 POLICIES = ("zeros", "random")  # of a motor that a task drives to an angle, zero is the middle of its range, or the task's own pose
@@ -26,15 +28,9 @@ class Args:
     output: Path = Path("results/floors.csv")  # a row per episode
 
 
-def play(env: State, policy: str) -> float:
-    """One episode's return."""
-    env.reset()
-    total, done = 0.0, False
-    while not done:
-        action = env.action_space.sample() if policy == "random" else np.zeros(env.action_space.shape, np.float32)
-        _, reward, terminated, truncated, _ = env.step(action)
-        total, done = total + reward, terminated or truncated
-    return total
+def choose(actions: gym.spaces.Box, policy: str, obs: dict[str, np.ndarray]) -> np.ndarray:
+    """An action that does not look at the observation."""
+    return actions.sample() if policy == "random" else np.zeros(actions.shape, np.float32)
 
 
 def main(args: Args) -> None:
@@ -47,7 +43,8 @@ def main(args: Args) -> None:
         for policy in POLICIES:
             env = State(env_id, "full", 10_000)
             env.action_space.seed(1)
-            returns = [play(env, policy) for _ in range(args.episodes)]
+            act = partial(choose, env.action_space, policy)
+            returns = [play(env, act)[0] for _ in range(args.episodes)]
             env.close()
             rows += [[env_id, policy, episode, f"{value:.2f}"] for episode, value in enumerate(returns)]
             tqdm.write(f"{env_id:<18} {policy:<7} {np.mean(returns):>8.1f} ± {np.std(returns):.1f}")

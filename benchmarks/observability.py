@@ -16,7 +16,7 @@ import csv
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,17 +91,23 @@ class State(gym.Wrapper):
         return self.look(), reward, terminated, truncated, info
 
 
+def play(env: State, act: Callable[[dict[str, np.ndarray]], np.ndarray]) -> tuple[float, dict]:
+    """One episode of what `act` does with each observation: its return, and what the task says at its end."""
+    obs, total, done = env.reset()[0], 0.0, False
+    while not done:
+        obs, reward, terminated, truncated, info = env.step(act(obs))
+        total, done = total + reward, terminated or truncated
+    return total, info
+
+
 def evaluate(agent: talas.Agent, env: State, episodes: int) -> dict[str, float]:
     """What the mean policy has, which acts without noise: its mean return and, of Adroit, the share of its episodes that succeed."""
-    returns, successes = [], []
-    for _ in range(episodes):
-        obs, total, truncated = env.reset()[0], 0.0, False
-        while not truncated:
-            seen = talas.observe(partial(talas.mask_stack, None), obs, torch.device("cpu"))
-            obs, reward, _, truncated, info = env.step(agent.policy(*seen, mean=True)[0].numpy())
-            total += reward
-        returns.append(total)
-        successes += [info["episode_success"]] if "episode_success" in info else []
+
+    def act(obs: dict[str, np.ndarray]) -> np.ndarray:
+        return agent.policy(*talas.observe(partial(talas.mask_stack, None), obs, torch.device("cpu")), mean=True)[0].numpy()
+
+    returns, infos = zip(*(play(env, act) for _ in range(episodes)), strict=True)
+    successes = [info["episode_success"] for info in infos if "episode_success" in info]
     success = {"eval/train/success_rate": float(np.mean(successes))} if successes else {}
     return {"eval/train/return_mean": float(np.mean(returns))} | success
 
@@ -145,8 +151,9 @@ def learn(args: Args, variant: str, seed: int) -> Iterator[tuple[int, dict[str, 
         while updates < int(args.updates_per_step * (step - 500)):
             agent.update(replay.sample(128))
             updates += 1
-    for opened in (env, *([judge] if judge else [])):
-        opened.close()
+    env.close()
+    if judge:
+        judge.close()
 
 
 def main(args: Args) -> None:
