@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial, reduce
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -192,6 +193,7 @@ def stop_later() -> Iterator[None]:
     """For starting processes: none is left half started by Ctrl-C or SIGTERM, which the parent hears when all are there; they hear no Ctrl-C."""
     heard: list[int] = []
     handlers = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    resource_tracker.ensure_running()  # a process of multiprocessing's own: the first one to be started unblocks SIGINT when it is there
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits; here, other threads still hear it
     try:
         yield

@@ -795,7 +795,8 @@ def train(args: Args, run: Path, settings: tuple[Setting, ...], env: envs.TalasE
     chances = [{"seed": args.seed + 100_000 * i, "first_episode": episode} for i, episode in enumerate(progress.episodes)]
     makers = [partial(envs.make_env_in_worker, args.env, **chance, **env_options(args)) for chance in chances]
     # The loop resets them itself: then an ended episode's last observation comes like any other. Gymnasium's default inserts a step for the reset.
-    vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    with envs.stop_later():
+        vec_env = gym.vector.AsyncVectorEnv(makers, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED)
     cleanup.callback(setattr, vec_env, "closed", True)  # or its destructor would wait for the processes; main kills them
     began = time.time() - progress.seconds  # as if there had been no interruption
     saved, tried = replace(progress), progress.step  # the last state that was saved; the step at which that was last tried

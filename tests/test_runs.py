@@ -135,6 +135,22 @@ def test_an_evaluation_is_told_to_stop(tmp_path, number):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_is_told_to_stop(tmp_path, number):
+    """While its workers start."""
+    args = ["--env=cartpole_swingup", *SMALL, "--masker=none", "--actor-views=clean", "--critic-views=clean", "--num-envs=2"]
+    process = start(RL, *args, "--eval-settings", "train", "--total-timesteps=5000", cwd=tmp_path)
+    workers = first_workers(process)
+    if number == signal.SIGINT:
+        press_ctrl_c(process, workers)
+    else:
+        process.terminate()
+    out, err = finish(process, 128 + number, timeout=60)
+    assert "stopped; no checkpoint to go on from, start the same again" in out and "Traceback" not in err, err
+    assert not [pid for pid in workers if is_running(pid)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.parametrize("to_all", [False, True], ids=["by kill", "by a terminal"])
 def test_ctrl_c_while_frames_are_collected(tmp_path, to_all):
     """While the workers start; by kill in the moment in which the first one is there, and others may be half started."""
