@@ -118,36 +118,24 @@ def press_ctrl_c(process: subprocess.Popen, workers: list[int]) -> None:
     process.send_signal(signal.SIGINT)
 
 
+EVALUATION = [f"--evaluate={next((ROOT / 'results' / 'agents').glob('cartpole*.pt'))}", "--eval-episodes=50"]
+TRAINING = ["--env=cartpole_swingup", *SMALL, "--masker=none", "--actor-views=clean", "--critic-views=clean"]
+TRAINING += ["--num-envs=2", "--total-timesteps=5000"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_evaluation_is_told_to_stop(tmp_path, number):
-    """While its workers start."""
-    agent = next((ROOT / "results" / "agents").glob("cartpole*.pt"))
-    process = start(RL, f"--evaluate={agent}", "--eval-settings", "train", "--eval-episodes=50", cwd=tmp_path)
+@pytest.mark.parametrize(("flags", "patience"), [(EVALUATION, 20), (TRAINING, 60)], ids=["evaluation", "training"])
+def test_a_run_is_told_to_stop_while_its_workers_start(tmp_path, flags, patience, number):
+    process = start(RL, *flags, "--eval-settings", "train", cwd=tmp_path)
     workers = first_workers(process)
     if number == signal.SIGINT:
         press_ctrl_c(process, workers)
     else:
         process.terminate()
-    out, err = finish(process, 128 + number, timeout=20)
+    out, err = finish(process, 128 + number, timeout=patience)
     assert "stopped; no checkpoint to go on from, start the same again" in out and "Traceback" not in err
     assert not [pid for pid in workers if is_running(pid)] and not list(tmp_path.glob("runs/*/metrics.json"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_training_is_told_to_stop(tmp_path, number):
-    """While its workers start."""
-    args = ["--env=cartpole_swingup", *SMALL, "--masker=none", "--actor-views=clean", "--critic-views=clean", "--num-envs=2"]
-    process = start(RL, *args, "--eval-settings", "train", "--total-timesteps=5000", cwd=tmp_path)
-    workers = first_workers(process)
-    if number == signal.SIGINT:
-        press_ctrl_c(process, workers)
-    else:
-        process.terminate()
-    out, err = finish(process, 128 + number, timeout=60)
-    assert "stopped; no checkpoint to go on from, start the same again" in out and "Traceback" not in err, err
-    assert not [pid for pid in workers if is_running(pid)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
